@@ -1,0 +1,44 @@
+"""How a command starts and ends: flags parsed, bad input told in one line with exit code 2."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from dsv2_jax.config import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`. Exit codes: 0 done, 2 bad arguments or input (one line), 1 a bug (a traceback)."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = app.parse_flags_with_usage(argv) if "--help" in argv or "--helpfull" in argv else flags.FLAGS(argv)
+        except flags.Error as error:
+            _leave(str(error))
+        if len(rest) > 1:
+            _leave(f"unexpected argument {rest[1]!r}: arguments are flags, --name=value")
+        return rest
+
+    def guarded(_: list[str]) -> None:
+        try:
+            main()
+        except InputError as error:
+            _leave(str(error))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:  # `| head`: the reader has gone, and nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            _leave(f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _leave(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

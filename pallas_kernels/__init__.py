@@ -1,0 +1,1 @@
+"""Kernels on plain arrays: no configuration, no mesh."""

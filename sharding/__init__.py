@@ -1,0 +1,1 @@
+"""The mesh, every PartitionSpec, and the collectives written by hand."""
