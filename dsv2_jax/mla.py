@@ -1,0 +1,108 @@
+"""Multi-head Latent Attention (paper section 2.1, eq. 9-19), in its naive and its absorbed form, from the same weights.
+
+naive:    expand the latents of all tokens to keys and values of every head; fewer FLOPs when queries are as many as keys.
+absorbed: bring queries into the latent space (w_uk) and the result out of it (w_uv); the cache is read as it lies.
+
+Letters: B batch, T positions, S cached positions, D model, N heads, H nope dim, R rope dim, V value dim, Q query latent, C kv latent.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv2_jax import cache as latent_cache
+from dsv2_jax.cache import LatentCache
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.rope import rotate, softmax_scale
+from pallas_kernels import reference
+from pallas_kernels.mla_attention import mla_attention
+
+LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
+
+
+class Context(NamedTuple):
+    """What every layer's attention needs to know of the tokens."""
+
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    cos_BTJ: jax.Array
+    sin_BTJ: jax.Array
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis. Statistics in float32; rounded to x's dtype before the weight, as in PyTorch."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype) * weight
+
+
+def init_normal(rngs: nnx.Rngs, cfg: ModelConfig, shape: tuple[int, ...], dtype, spec=None) -> nnx.Param:
+    """A parameter drawn from N(0, initializer_range^2)."""
+    return nnx.Param(cfg.initializer_range * jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec))
+
+
+class MLA(nnx.Module):
+    """Projections of one attention layer. `w_q` stands for the query path where queries are not compressed (V2-Lite)."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.cfg = cfg
+        d, n, c, r = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
+
+        def weight(*shape: int) -> nnx.Param:
+            return init_normal(rngs, cfg, shape, dtype)
+
+        if cfg.q_lora_rank is None:
+            self.w_q = weight(d, n, cfg.qk_head_dim)
+        else:
+            self.w_dq = weight(d, cfg.q_lora_rank)
+            self.q_norm = nnx.Param(jnp.ones(cfg.q_lora_rank, dtype))
+            self.w_uq = weight(cfg.q_lora_rank, n, cfg.qk_head_dim)
+        self.w_dkv = weight(d, c)
+        self.w_kr = weight(d, r)
+        self.kv_norm = nnx.Param(jnp.ones(c, dtype))
+        self.w_uk = weight(c, n, cfg.qk_nope_head_dim)
+        self.w_uv = weight(c, n, cfg.v_head_dim)
+        self.w_o = weight(n, cfg.v_head_dim, d)
+
+    @jax.named_scope("mla")
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, cache: LatentCache | None = None, *, absorbed: bool = False
+    ) -> tuple[jax.Array, LatentCache | None]:
+        """Attends from each token to its past.
+
+        Args:
+            x_BTD: normalised hidden states.
+            ctx: positions, segments and rotary angles of these tokens.
+            cache: one layer of the cache; the tokens are written to it at their positions.
+            absorbed: attend over the cache (which then must be given) and not over x's own tokens alone.
+
+        Returns:
+            the attention output [B, T, D] in x's dtype, and the cache with the tokens in it.
+        """
+        q_nope_BTNH, q_rope_BTNR = self._queries(x_BTD, ctx)
+        c_kv_BTC = rms_norm(jnp.einsum("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
+        k_rope_BTR = rotate(jnp.einsum("btd,dr->btr", x_BTD, self.w_kr), ctx.cos_BTJ, ctx.sin_BTJ)
+        if cache is not None:
+            cache = latent_cache.write(cache, c_kv_BTC, k_rope_BTR, ctx.positions_BT[:, 0])
+        scale = softmax_scale(self.cfg)
+        if absorbed:
+            q_latent_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope_BTNH, self.w_uk)
+            o_latent_BTNC = reference.latent_attention(
+                q_latent_BTNC, q_rope_BTNR, cache.c_kv_LBSC, cache.k_rope_LBSR, ctx.positions_BT, scale=scale
+            )
+            o_BTNV = jnp.einsum("btnc,cnv->btnv", o_latent_BTNC, self.w_uv)
+        else:
+            k_nope_BTNH = jnp.einsum("btc,cnh->btnh", c_kv_BTC, self.w_uk)
+            v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, self.w_uv)
+            o_BTNV = mla_attention(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT, scale=scale)
+        return jnp.einsum("btnv,nvd->btd", o_BTNV, self.w_o), cache
+
+    def _queries(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+        if self.cfg.q_lora_rank is None:
+            q_BTNX = jnp.einsum("btd,dnx->btnx", x_BTD, self.w_q)
+        else:
+            c_q_BTQ = rms_norm(jnp.einsum("btd,dq->btq", x_BTD, self.w_dq), self.q_norm[...], LATENT_NORM_EPS)
+            q_BTNX = jnp.einsum("btq,qnx->btnx", c_q_BTQ, self.w_uq)
+        q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
+        return q_nope_BTNH, rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)

@@ -1,0 +1,160 @@
+"""DeepSeek-V2 as one Flax module: embedding, a stack of dense layers, a stack of MoE layers, norm, head (paper section 2).
+
+h = embed[ids];  per layer h += MLA(norm(h)), h += FFN(norm(h));  logits = norm(h) w_head.
+
+Modules are plain pytrees of parameters: only `jax` transforms touch them, and nothing is mutated in a call. Layers of one kind
+are stacked on a leading axis and scanned. `convert.py` maps the names here to those of Hugging Face.
+Letters: L layers, B batch, T positions, D model, K experts a token, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv2_jax.cache import LatentCache
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.mla import MLA, Context, init_normal, rms_norm
+from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
+from dsv2_jax.rope import cos_sin
+from sharding import specs
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream. `kind`: "dense" or "moe"."""
+
+    def __init__(self, cfg: ModelConfig, kind: str, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.cfg, self.kind = cfg, kind
+        self.attn_norm = nnx.Param(jnp.ones(cfg.hidden_size, dtype))
+        self.attn = MLA(cfg, rngs, dtype)
+        self.ffn_norm = nnx.Param(jnp.ones(cfg.hidden_size, dtype))
+        self.ffn = DeepSeekMoE(cfg, rngs, dtype) if kind == "moe" else SwiGLU(cfg, cfg.intermediate_size, rngs, dtype)
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, cache: LatentCache | None, absorbed: bool
+    ) -> tuple[jax.Array, tuple[LatentCache | None, Stats]]:
+        eps = self.cfg.rms_norm_eps
+        h_BTD, cache = self.attn(rms_norm(x_BTD, self.attn_norm[...], eps), ctx, cache, absorbed=absorbed)
+        x_BTD += h_BTD
+        h_BTD = self.ffn(rms_norm(x_BTD, self.ffn_norm[...], eps))
+        h_BTD, stats = h_BTD if self.kind == "moe" else (h_BTD, {})
+        return x_BTD + h_BTD, (cache, stats)
+
+
+class Decoder(nnx.Module):
+    """The whole model. Parameters are drawn on the current mesh, in `dtype`; activations follow the parameters' dtype."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.cfg = cfg
+        self.embed = init_normal(rngs, cfg, (cfg.vocab_size, cfg.hidden_size), dtype)
+        for kind in ("dense", "moe"):
+            if size := cfg.stack_size(kind):
+                keys = jax.random.split(rngs.params(), size)
+                setattr(self, kind, jax.vmap(lambda key, kind=kind: Layer(cfg, kind, nnx.Rngs(params=key), dtype))(keys))
+        self.final_norm = nnx.Param(jnp.ones(cfg.hidden_size, dtype))
+        self.w_head = init_normal(rngs, cfg, (cfg.hidden_size, cfg.vocab_size), dtype)
+
+    def __call__(
+        self, tokens_BT, positions_BT, segment_ids_BT, cache: LatentCache | None = None, *, absorbed: bool = False, remat: bool = False
+    ) -> tuple[jax.Array, LatentCache | None, Stats]:
+        """The normalised hidden states before the head.
+
+        Args:
+            tokens_BT, positions_BT, segment_ids_BT: int32; attention stays within a segment (ignored when absorbed).
+            cache: tokens are written to it at their positions, which must be consecutive.
+            absorbed: attend over the cache, else over these tokens only.
+            remat: recompute each layer in the backward pass.
+
+        Returns:
+            hidden [B, T, D]; the cache with the tokens in it; per MoE layer the routing's statistics, stacked on L.
+        """
+        x_BTD, ctx = self._embed(tokens_BT, positions_BT, segment_ids_BT)
+
+        def layer_step(x_BTD, layer_and_cache):
+            layer, layer_cache = layer_and_cache
+            return layer(x_BTD, ctx, layer_cache, absorbed)
+
+        if remat:
+            layer_step = jax.checkpoint(layer_step)
+        caches, stats, first = [], [], 0
+        for kind, start, length in self.cfg.runs:
+            layers = _layers(getattr(self, kind), start, start + length)
+            x_BTD, (run_cache, run_stats) = jax.lax.scan(layer_step, x_BTD, (layers, _layers(cache, first, first + length)))
+            caches.append(run_cache)
+            stats.append(run_stats)
+            first += length
+        stats = _concatenate([s for s in stats if s]) if any(stats) else {}
+        return self._norm(x_BTD), _concatenate(caches), stats
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of normalised hidden states [..., D]."""
+        return jnp.einsum("...d,dv->...v", hidden, self.w_head, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, Context]:
+        x_BTD = self.embed.at[tokens_BT].get(out_sharding=specs.activations_BTD)
+        return x_BTD, Context(positions_BT, segment_ids_BT, *cos_sin(self.cfg, positions_BT))
+
+    def _norm(self, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, self.final_norm[...], self.cfg.rms_norm_eps)
+
+
+def _layers(stack: Any, start: int, stop: int) -> Any:
+    return jax.tree.map(lambda a: a[start:stop], stack)
+
+
+def _concatenate(trees: list[Any]) -> Any:
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *trees)
+
+
+def init(cfg: ModelConfig, seed: int, dtype: jnp.dtype) -> Decoder:
+    """Random parameters on the current mesh, each device making its own part."""
+    return jax.jit(lambda key: Decoder(cfg, nnx.Rngs(params=key), dtype))(jax.random.key(seed))
+
+
+def abstract(cfg: ModelConfig, dtype: jnp.dtype) -> Decoder:
+    """Shapes, dtypes and shardings of the parameters on the current mesh, without the parameters."""
+    return jax.eval_shape(lambda key: Decoder(cfg, nnx.Rngs(params=key), dtype), jax.random.key(0))
+
+
+def load(weights: "Weights", dtype: str) -> Decoder:  # noqa: F821
+
+    """The model of a checkpoint on the current mesh, cast to `dtype`; each device reads its own part."""
+    from dsv2_jax.weights import load as load_weights
+
+    return load_weights(weights, abstract(weights.config, jnp.dtype(dtype)))
+
+
+def parameters(model: Decoder) -> dict[str, Any]:
+    """The leaves by dotted name, as in `moe.attn.w_dkv`."""
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(model)}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`moe.attn.w_dkv` of a leaf's key path in a Decoder."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+class Trace(NamedTuple):
+    """A forward pass laid open, layer by layer."""
+
+    hidden: list[jax.Array]  # the residual stream [B, T, D] after each layer
+    experts: dict[int, jax.Array]  # chosen experts [B, T, K] of each MoE layer
+    logits: jax.Array  # float32 [B, T, V]
+
+
+@jax.jit
+def trace(model: Decoder, tokens_BT: jax.Array) -> Trace:
+    """Runs the layers one by one, without a scan, and keeps what lies between them."""
+    tokens_BT = jax.reshard(tokens_BT, specs.tokens_BT)
+    positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=specs.tokens_BT)
+    x_BTD, ctx = model._embed(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    hidden, experts = [], {}
+    for kind, start, length in model.cfg.runs:
+        for index in range(start, start + length):
+            layer = jax.tree.map(lambda a, index=index: a[index], getattr(model, kind))
+            x_BTD, (_, stats) = layer(x_BTD, ctx, None, False)
+            if stats:
+                experts[len(hidden)] = stats["experts"]
+            hidden.append(x_BTD)
+    return Trace(hidden, experts, model.logits(model._norm(x_BTD)))

@@ -1,0 +1,79 @@
+"""Feed-forward layers: the dense SwiGLU, and DeepSeekMoE with shared and routed experts (paper section 2.2, eq. 20-22).
+
+Letters: B batch, T positions, D model, F hidden, E routed experts, K experts a token, M rows in expert order.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.mla import init_normal
+from dsv2_jax.router import expert_balance, expert_load, route
+from pallas_kernels.grouped_matmul import grouped_matmul
+from sharding import specs
+from sharding.expert_parallel import routed_experts
+
+Stats = dict[str, jax.Array]
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, cfg: ModelConfig, hidden: int, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.w_gate = init_normal(rngs, cfg, (cfg.hidden_size, hidden), dtype)
+        self.w_up = init_normal(rngs, cfg, (cfg.hidden_size, hidden), dtype)
+        self.w_down = init_normal(rngs, cfg, (hidden, cfg.hidden_size), dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_gate)
+        up_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_up)
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.w_down)
+
+
+class RoutedExperts(nnx.Module):
+    """E SwiGLUs, stacked and split over the mesh's expert axis."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        e, d, f = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
+        self.w_gate = init_normal(rngs, cfg, (e, d, f), dtype, specs.experts_EDF)
+        self.w_up = init_normal(rngs, cfg, (e, d, f), dtype, specs.experts_EDF)
+        self.w_down = init_normal(rngs, cfg, (e, f, d), dtype, specs.experts_EDF)
+
+    def __call__(self, rows_MD: jax.Array, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
+        gate_MF = grouped_matmul(rows_MD, self.w_gate[...], group_sizes_E, row_unit=row_unit)
+        up_MF = grouped_matmul(rows_MD, self.w_up[...], group_sizes_E, row_unit=row_unit)
+        return grouped_matmul(jax.nn.silu(gate_MF) * up_MF, self.w_down[...], group_sizes_E, row_unit=row_unit)
+
+
+class DeepSeekMoE(nnx.Module):
+    """Shared experts, which every token uses, plus the routed ones. The shared ones are one SwiGLU of their joint width, and
+    neither gated nor scaled."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.cfg = cfg
+        self.w_router = init_normal(rngs, cfg, (cfg.hidden_size, cfg.n_routed_experts), dtype)
+        self.experts = RoutedExperts(cfg, rngs, dtype)
+        if cfg.n_shared_experts is not None:
+            self.shared = SwiGLU(cfg, cfg.n_shared_experts * cfg.moe_intermediate_size, rngs, dtype)
+
+    @jax.named_scope("moe")
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Stats]:
+        """Returns the layer's output in x's dtype, and what routing did: experts [B, T, K], load [E], expert_balance []."""
+        routing = route(x_BTD, self.w_router[...], self.cfg)
+        y_BTD = routed_experts(
+            x_BTD,
+            routing.experts_BTK,
+            routing.weights_BTK,
+            self.experts,
+            lambda rows_MD, experts, sizes_E, unit: experts(rows_MD, sizes_E, unit),
+            self.cfg.n_routed_experts,
+        )
+        if self.cfg.n_shared_experts is not None:
+            with jax.named_scope("shared"):
+                y_BTD += self.shared(x_BTD)
+        return y_BTD, {
+            "experts": routing.experts_BTK,
+            "load": expert_load(routing.experts_BTK, self.cfg.n_routed_experts).sum(axis=0),
+            "expert_balance": expert_balance(routing, self.cfg),
+        }

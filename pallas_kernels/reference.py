@@ -1,0 +1,57 @@
+"""What every kernel must compute, in plain jnp: slow, and obviously right.
+
+Letters: B batch, T queries, S keys, N heads, H nope dim, R rope dim, V value dim, C latent dim, M rows, K and F matmul dims, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row without any visible key gives a mean and not NaN
+
+
+def mla_attention(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, segment_ids_BT, *, scale: float) -> jax.Array:
+    """Causal attention of every position over its own segment, the rope key shared by all heads (paper eq. 17-18).
+
+    Returns:
+        [B, T, N, V] in the queries' dtype; scores, softmax and accumulation in float32.
+    """
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_nope_BTNH, k_nope_BTNH, preferred_element_type=jnp.float32)
+    scores_BNTS += jnp.einsum("btnr,bsr->bnts", q_rope_BTNR, k_rope_BTR, preferred_element_type=jnp.float32)
+    index_T = jnp.arange(q_nope_BTNH.shape[1])
+    visible_BTS = (index_T[:, None] >= index_T) & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    probs_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED), axis=-1)
+    out_BTNV = jnp.einsum("bnts,bsnv->btnv", probs_BNTS.astype(v_BTNV.dtype), v_BTNV, preferred_element_type=jnp.float32)
+    return out_BTNV.astype(q_nope_BTNH.dtype)
+
+
+def latent_attention(q_latent_BTNC, q_rope_BTNR, c_kv_BSC, k_rope_BSR, positions_BT, *, scale: float) -> jax.Array:
+    """Absorbed attention over a latent cache whose index is the position: query t sees keys 0 .. positions_BT[t] (paper 2.1.2).
+
+    Returns:
+        [B, T, N, C], the attended latents, in the queries' dtype; scores, softmax and accumulation in float32.
+    """
+    scores_BNTS = jnp.einsum("btnc,bsc->bnts", q_latent_BTNC, c_kv_BSC, preferred_element_type=jnp.float32)
+    scores_BNTS += jnp.einsum("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
+    visible_BTS = jnp.arange(c_kv_BSC.shape[1]) <= positions_BT[:, :, None]
+    probs_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED), axis=-1)
+    out_BTNC = jnp.einsum("bnts,bsc->btnc", probs_BNTS.astype(c_kv_BSC.dtype), c_kv_BSC, preferred_element_type=jnp.float32)
+    return out_BTNC.astype(q_latent_BTNC.dtype)
+
+
+def grouped_matmul(x_MK, w_EKF, group_sizes_E, row_unit: int) -> jax.Array:
+    """Multiplies each row with its own group's matrix; a group begins at a multiple of `row_unit`.
+
+    Group e's rows are x[start_e : start_e + group_sizes_E[e]], start_e being the sum of the earlier sizes, each rounded up to
+    `row_unit`. Rows of no group come out as zero.
+
+    Returns:
+        [M, F] in x's dtype; accumulation in float32.
+    """
+    padded_E = -(-group_sizes_E // row_unit) * row_unit
+    start_E = jnp.cumsum(padded_E) - padded_E
+    row_M = jnp.arange(x_MK.shape[0])
+    out_MF = jnp.zeros((x_MK.shape[0], w_EKF.shape[2]), jnp.float32)
+    for start, size, w_KF in zip(start_E, group_sizes_E, w_EKF):
+        mine_M1 = ((row_M >= start) & (row_M < start + size))[:, None]
+        out_MF += jnp.dot(jnp.where(mine_M1, x_MK, 0), w_KF, preferred_element_type=jnp.float32)
+    return out_MF.astype(x_MK.dtype)
