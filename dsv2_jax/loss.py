@@ -17,10 +17,16 @@ def log_probs(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array) -> j
     @jax.checkpoint
     def chunk_log_probs(model: Decoder, hidden_BTD, targets_BT):
         logits_BTV = model.logits(hidden_BTD)
-        chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-        return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+        return pick(logits_BTV, targets_BT) - jax.nn.logsumexp(logits_BTV, axis=-1)
 
     length = hidden_BTD.shape[1]
     chunk = max(CHUNK, -(-length // 16))
     starts = range(0, length, chunk)
-    return jnp.concatenate([chunk_log_probs(model, hidden_BTD[:, s : s + chunk], targets_BT[:, s : s + chunk]) for s in starts], axis=1)
+    return jnp.concatenate(
+        [chunk_log_probs(model, hidden_BTD[:, s : s + chunk], targets_BT[:, s : s + chunk]) for s in starts], axis=1
+    )
+
+
+def pick(values_V: jax.Array, ids: jax.Array) -> jax.Array:
+    """values[..., id] for [..., V] and [...]; a masked sum, which shards like its operands and has no scatter as its gradient."""
+    return jnp.where(ids[..., None] == jnp.arange(values_V.shape[-1]), values_V, 0).sum(axis=-1)

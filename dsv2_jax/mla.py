@@ -84,7 +84,8 @@ class MLA(nnx.Module):
         c_kv_BTC = rms_norm(jnp.einsum("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
         k_rope_BTR = rotate(jnp.einsum("btd,dr->btr", x_BTD, self.w_kr), ctx.cos_BTJ, ctx.sin_BTJ)
         if cache is not None:
-            cache = latent_cache.write(cache, c_kv_BTC, k_rope_BTR, ctx.positions_BT[:, 0])
+            start_B = ctx.positions_BT.min(axis=1)  # not [:, 0]: JAX drops the sharding of a slice of shape [1, 1]
+            cache = latent_cache.write(cache, c_kv_BTC, k_rope_BTR, start_B)
         scale = softmax_scale(self.cfg)
         if absorbed:
             q_latent_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope_BTNH, self.w_uk)

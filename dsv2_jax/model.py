@@ -56,7 +56,14 @@ class Decoder(nnx.Module):
         self.w_head = init_normal(rngs, cfg, (cfg.hidden_size, cfg.vocab_size), dtype)
 
     def __call__(
-        self, tokens_BT, positions_BT, segment_ids_BT, cache: LatentCache | None = None, *, absorbed: bool = False, remat: bool = False
+        self,
+        tokens_BT,
+        positions_BT,
+        segment_ids_BT,
+        cache: LatentCache | None = None,
+        *,
+        absorbed: bool = False,
+        remat: bool = False,
     ) -> tuple[jax.Array, LatentCache | None, Stats]:
         """The normalised hidden states before the head.
 
@@ -118,7 +125,6 @@ def abstract(cfg: ModelConfig, dtype: jnp.dtype) -> Decoder:
 
 
 def load(weights: "Weights", dtype: str) -> Decoder:  # noqa: F821
-
     """The model of a checkpoint on the current mesh, cast to `dtype`; each device reads its own part."""
     from dsv2_jax.weights import load as load_weights
 
@@ -135,6 +141,13 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
+def from_zero(tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, positions 0, 1, ... and one segment a row: what `Decoder` takes for whole sequences."""
+    tokens_BT = jax.reshard(tokens_BT, specs.tokens_BT)
+    positions_BT = jax.reshard(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), specs.tokens_BT)
+    return tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
+
+
 class Trace(NamedTuple):
     """A forward pass laid open, layer by layer."""
 
@@ -146,9 +159,7 @@ class Trace(NamedTuple):
 @jax.jit
 def trace(model: Decoder, tokens_BT: jax.Array) -> Trace:
     """Runs the layers one by one, without a scan, and keeps what lies between them."""
-    tokens_BT = jax.reshard(tokens_BT, specs.tokens_BT)
-    positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=specs.tokens_BT)
-    x_BTD, ctx = model._embed(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    x_BTD, ctx = model._embed(*from_zero(tokens_BT))
     hidden, experts = [], {}
     for kind, start, length in model.cfg.runs:
         for index in range(start, start + length):

@@ -5,7 +5,7 @@
 | data | the batch |
 | expert | the batch, and the routed experts |
 
-Every axis is `AxisType.Explicit` and always present; one that is not used has size 1, so one code path serves one device and many.
+Every axis is `AxisType.Explicit` and always present; an unused one has size 1, so one code path serves one device and many.
 """
 
 import math
