@@ -76,12 +76,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
-            "v_head_dim intermediate_size moe_intermediate_size num_experts_per_tok n_group topk_group moe_layer_freq "
-            "max_position_embeddings"
-        ).split():
-            _require(self, name, 1 <= getattr(self, name) < 2**31, "in [1, 2147483647]")
+        for name, kinds in _field_types(ModelConfig).items():
+            if kinds == (int,) and name != "first_k_dense_replace":
+                _require(self, name, 1 <= getattr(self, name) < 2**31, "in [1, 2147483647]")
         for name in ("q_lora_rank", "n_routed_experts", "n_shared_experts"):
             value = getattr(self, name)
             _require(self, name, value is None or 1 <= value < 2**31, "null or in [1, 2147483647]")
@@ -94,12 +91,22 @@ class ModelConfig:
             _require(self, name, value is None or value >= 0, "null or >= 0")  # re-saved small models keep the large ids
         _require(self, "topk_method", self.topk_method in ("greedy", "group_limited_greedy"), "greedy or group_limited_greedy")
         if self.n_routed_experts is not None:
-            _require(self, "n_group", self.n_routed_experts % self.n_group == 0, f"a divisor of n_routed_experts={self.n_routed_experts}")
+            _require(
+                self,
+                "n_group",
+                self.n_routed_experts % self.n_group == 0,
+                f"a divisor of n_routed_experts={self.n_routed_experts}",
+            )
             _require(self, "topk_group", self.topk_group <= self.n_group, f"<= n_group={self.n_group}")
             reachable = self.n_routed_experts
             if self.topk_method == "group_limited_greedy":
                 reachable = self.n_routed_experts // self.n_group * self.topk_group
-            _require(self, "num_experts_per_tok", self.num_experts_per_tok <= reachable, f"<= {reachable}, the experts a token can reach")
+            _require(
+                self,
+                "num_experts_per_tok",
+                self.num_experts_per_tok <= reachable,
+                f"<= {reachable}, the experts a token can reach",
+            )
 
     # -- layers
 
@@ -150,7 +157,9 @@ class ModelConfig:
         kv_up = self.kv_lora_rank * n * (self.qk_nope_head_dim + self.v_head_dim)
         kv_down = d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
         attention = query + kv_down + kv_up + n * self.v_head_dim * d + 2 * d  # with the layer's two norms
-        moe = 3 * d * self.moe_intermediate_size * (routed_experts + (self.n_shared_experts or 0)) + d * (self.n_routed_experts or 0)
+        moe = 3 * d * self.moe_intermediate_size * (routed_experts + (self.n_shared_experts or 0)) + d * (
+            self.n_routed_experts or 0
+        )
         layers = self.stack_size("dense") * 3 * d * self.intermediate_size + self.stack_size("moe") * moe
         return self.num_hidden_layers * attention + layers + d + self.vocab_size * d
 
@@ -247,6 +256,46 @@ def _yarn_from_hf(rope: Mapping[str, Any]) -> Yarn | None:
     return Yarn(**{name: rope[name] for name in names if rope.get(name) is not None})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained; the defaults are the 236B model's (paper section 3.1.2). Immutable, validated, hashable."""
+
+    dtype: str = "bfloat16"  # of weights and activations in a step; the master weights are always float32
+    seed: int = 0
+    batch_size: int = 9216  # sequences
+    seq_len: int = 4096
+    learning_rate: float = 2.4e-4  # the highest
+    warmup_steps: int = 2000
+    schedule_steps: int = 214_500  # the schedule's length, whatever --steps is: 8.1T tokens
+    first_decay: float = 0.6  # shares of schedule_steps after which the learning rate is multiplied with decay_factor
+    second_decay: float = 0.9
+    decay_factor: float = 0.316
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # not of norms
+    clip_norm: float = 1.0
+    expert_balance: float = 0.003  # alpha_1
+    remat: str = "full"  # none | full: recompute each layer in the backward pass
+    checkpoint_every: int = 500  # steps; the last one always
+    keep_checkpoints: int = 2
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("batch_size", "seq_len", "schedule_steps", "checkpoint_every", "keep_checkpoints", "log_every"):
+            _require(self, name, 1 <= getattr(self, name) < 2**31, "in [1, 2147483647]")
+        for name in ("learning_rate", "decay_factor", "epsilon", "clip_norm"):
+            _require(self, name, getattr(self, name) > 0, "> 0")
+        for name in ("seed", "warmup_steps", "weight_decay", "expert_balance"):
+            _require(self, name, getattr(self, name) >= 0, ">= 0")
+        for name in ("beta1", "beta2"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require(self, "first_decay", 0 <= self.first_decay <= self.second_decay, "in [0, second_decay]")
+        _require(self, "dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
+        _require(self, "remat", self.remat in ("none", "full"), "none or full")
+
+
 def v2() -> ModelConfig:
     """DeepSeek-V2, 236B parameters of which 21B are active (paper section 3.1.2)."""
     return ModelConfig(
@@ -322,8 +371,16 @@ PRESETS = {"tiny": tiny, "v2_lite": v2_lite, "v2": v2}
 def preset(name: str) -> ModelConfig:
     """The named model configuration; InputError names the nearest preset."""
     if name not in PRESETS:
-        raise InputError(f"--preset={name}: unknown preset{_nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}")
+        raise InputError(f"--preset={name}: unknown preset{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def train_preset(name: str) -> TrainConfig:
+    """How the named model is trained: as in the paper (appendix B for Lite), or in two minutes on two CPU cores."""
+    lite = {"batch_size": 4608, "learning_rate": 4.2e-4, "schedule_steps": 302_000, "first_decay": 0.8, "expert_balance": 0.001}
+    tiny = {"dtype": "float32", "batch_size": 8, "seq_len": 128, "learning_rate": 3e-3, "warmup_steps": 30}
+    tiny |= {"schedule_steps": 400, "remat": "none", "checkpoint_every": 50}
+    return TrainConfig(**{"v2": {}, "v2_lite": lite, "tiny": tiny}[name])
 
 
 # -- overrides
@@ -345,7 +402,7 @@ def override(configs: Iterable[Any], assignments: Iterable[str]) -> list[Any]:
         owner = next((i for i, c in enumerate(configs) if name.split(".")[0] in _field_types(type(c))), None)
         if owner is None:
             names = [n for c in configs for n in _field_types(type(c))]
-            raise InputError(f"--set {assignment}: unknown field {name!r}{_nearest(name, names)}")
+            raise InputError(f"--set {assignment}: unknown field {name!r}{nearest(name, names)}")
         configs[owner] = _replace_field(configs[owner], name, text)
     return configs
 
@@ -356,7 +413,7 @@ def _replace_field(config: Any, name: str, text: str) -> Any:
         inner = getattr(config, head)
         if not dataclasses.is_dataclass(inner) or rest not in _field_types(type(inner)):
             names = _field_types(type(inner)) if dataclasses.is_dataclass(inner) else ()
-            raise InputError(f"--set {name}={text}: {head} has no field {rest!r}{_nearest(rest, names)}")
+            raise InputError(f"--set {name}={text}: {head} has no field {rest!r}{nearest(rest, names)}")
         return dataclasses.replace(config, **{head: _replace_field(inner, rest, text)})
     return dataclasses.replace(config, **{head: _parse(name, text, _field_types(type(config))[head])})
 
@@ -377,7 +434,7 @@ def _parse(name: str, text: str, allowed: tuple[type, ...]) -> Any:
     raise InputError(f"--set {name}={text}: expected {_describe(allowed)}")
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -403,7 +460,9 @@ def _check_types(config: Any) -> None:
         if float in allowed and isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(config, name, float(value))
         elif not any(type(value) is kind for kind in allowed):
-            raise InputError(f"{type(config).__name__}.{name} is {value!r} ({type(value).__name__}), expected {_describe(allowed)}")
+            raise InputError(
+                f"{type(config).__name__}.{name} is {value!r} ({type(value).__name__}), expected {_describe(allowed)}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{type(config).__name__}.{name} is {value!r}, expected a finite number")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from dsv2_jax import cache as latent_cache
 from dsv2_jax.cache import LatentCache
-from dsv2_jax.config import InputError
+from dsv2_jax.config import InputError, ModelConfig
 from dsv2_jax.loss import log_probs
 from dsv2_jax.model import Decoder, from_zero
 from dsv2_jax.sampling import Sampling, SamplingArrays, sample, to_arrays
@@ -41,9 +41,8 @@ def bucket(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def check_tokens(model: Decoder, name: str, token_ids: Sequence[int], room: int) -> None:
+def check_tokens(cfg: ModelConfig, name: str, token_ids: Sequence[int], room: int) -> None:
     """Refuses ids outside the vocabulary, an empty prompt, and one that leaves less than `room` of the context."""
-    cfg = model.cfg
     if not token_ids:
         raise InputError(f"{name}: the prompt is empty, expected at least one token")
     for token in token_ids:
@@ -86,7 +85,7 @@ def generate(
         on_token: called with (request index, token) for every new token, in order; True stops that request after it.
     """
     for index, request in enumerate(requests):
-        check_tokens(model, f"request {index}", request.token_ids, room=1)
+        check_tokens(model.cfg, f"request {index}", request.token_ids, room=1)
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
     completions: dict[int, Completion] = {}
     for first in range(0, len(order), MAX_BATCH):
@@ -109,16 +108,16 @@ def _generate_batch(model, requests, indices, eos_id, on_token) -> list[Completi
     capacity = bucket(max(n + b for n, b in zip(lengths, budgets)), least=tokens_BT.shape[1])
     cache = latent_cache.empty(model.cfg, rows, capacity, model.embed.dtype)
     greedy = all(r.sampling.temperature == 0 for r in requests)
-    how = None if greedy else SamplingArrays(*map(_place, to_arrays([r.sampling for r in requests_B])))
+    how = None if greedy else SamplingArrays(*map(place, to_arrays([r.sampling for r in requests_B])))
 
-    token_B, logprob_B, cache = prefill(model, _place(tokens_BT), _place(lengths_B), cache, how)
+    token_B, logprob_B, cache = prefill(model, place(tokens_BT), place(lengths_B), cache, how)
     completions = [Completion([], [], "") for _ in requests]
     for step in range(max(budgets)):
         # The next step is on its way to the device before this one's tokens are read.
         ahead = None
         if step + 1 < max(budgets):
             positions_B = np.minimum(lengths_B + step, capacity - 1)
-            ahead = decode(model, token_B, _place(positions_B), cache, how)
+            ahead = decode(model, token_B, place(positions_B), cache, how)
         tokens, logprobs = np.asarray(token_B), np.asarray(logprob_B)
         for row, request in enumerate(requests):
             done = completions[row]
@@ -150,7 +149,9 @@ class Score(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="with_logits")
-def _score_batch(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, with_logits: bool) -> tuple[jax.Array, jax.Array | None]:
+def _score_batch(
+    model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, with_logits: bool
+) -> tuple[jax.Array, jax.Array | None]:
     hidden_BTD, _, _ = model(*from_zero(tokens_BT))
     logprobs_BT = log_probs(model, hidden_BTD, targets_BT)
     return logprobs_BT, model.logits(hidden_BTD) if with_logits else None
@@ -159,7 +160,7 @@ def _score_batch(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, wi
 def score(model: Decoder, sequences: Sequence[Sequence[int]], with_logits: bool = False) -> Iterator[Score]:
     """Scores the sequences in order; neighbours of one length bucket run together."""
     for index, sequence in enumerate(sequences):
-        check_tokens(model, f"request {index}", sequence, room=0)
+        check_tokens(model.cfg, f"request {index}", sequence, room=0)
     first = 0
     while first < len(sequences):
         length = bucket(len(sequences[first]))
@@ -171,7 +172,7 @@ def score(model: Decoder, sequences: Sequence[Sequence[int]], with_logits: bool 
         tokens_BT = np.zeros((rows, length), np.int32)
         for row, sequence in zip(tokens_BT, batch):
             row[: len(sequence)] = sequence
-        logprobs_BT, logits_BTV = _score_batch(model, _place(tokens_BT), _place(np.roll(tokens_BT, -1, axis=1)), with_logits)
+        logprobs_BT, logits_BTV = _score_batch(model, place(tokens_BT), place(np.roll(tokens_BT, -1, axis=1)), with_logits)
         logprobs_BT = np.asarray(logprobs_BT)
         for row, sequence in enumerate(batch):
             logits = np.asarray(logits_BTV[row, : len(sequence)]) if with_logits else None
@@ -179,7 +180,7 @@ def score(model: Decoder, sequences: Sequence[Sequence[int]], with_logits: bool 
         first += len(batch)
 
 
-def _place(array: np.ndarray) -> jax.Array:
+def place(array: np.ndarray) -> jax.Array:
     """A host array on the mesh, its first axis being the batch."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(array, jax.NamedSharding(mesh, specs.per_request_B))

@@ -18,6 +18,8 @@ from dsv2_jax.config import ModelConfig
 from dsv2_jax.mla import MLA, Context, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
 from dsv2_jax.rope import cos_sin
+from dsv2_jax.weights import Weights
+from dsv2_jax.weights import load as weights_onto
 from sharding import specs
 
 
@@ -124,11 +126,9 @@ def abstract(cfg: ModelConfig, dtype: jnp.dtype) -> Decoder:
     return jax.eval_shape(lambda key: Decoder(cfg, nnx.Rngs(params=key), dtype), jax.random.key(0))
 
 
-def load(weights: "Weights", dtype: str) -> Decoder:  # noqa: F821
+def load(weights: Weights, dtype: str) -> Decoder:
     """The model of a checkpoint on the current mesh, cast to `dtype`; each device reads its own part."""
-    from dsv2_jax.weights import load as load_weights
-
-    return load_weights(weights, abstract(weights.config, jnp.dtype(dtype)))
+    return weights_onto(weights, abstract(weights.config, jnp.dtype(dtype)))
 
 
 def parameters(model: Decoder) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""What the user asks for: prompts from flags or JSONL lines, checked, as token ids with their sampling."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv2_jax.config import InputError, nearest
+from dsv2_jax.sampling import Sampling
+from dsv2_jax.tokenizer import Tokenizer
+
+KINDS = ("prompt", "token_ids", "messages")
+SAMPLING_FIELDS = tuple(f.name for f in dataclasses.fields(Sampling))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One request. `given` is the text, ids or messages as they came; `name` says in errors where it came from."""
+
+    name: str
+    id: Any
+    given: Any
+    token_ids: list[int]
+    sampling: Sampling
+
+
+def from_texts(texts: Sequence[str], tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
+    """One prompt a text."""
+    return [_prompt(f"--prompt {n}", n, "prompt", text, tokenizer, sampling) for n, text in enumerate(texts)]
+
+
+def from_jsonl(path: str, tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
+    """One prompt a line: {"prompt" | "token_ids" | "messages": ..., "id": anything, and any field of Sampling}.
+
+    Raises:
+        InputError: with the file and the number of the first bad line.
+    """
+    try:
+        lines = Path(path).read_bytes().decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--input={path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"--input={path}: {error.strerror}") from None
+    if not lines:
+        raise InputError(f"--input={path}: is empty, expected one JSON object a line")
+    return [_from_line(f"{path} line {number}", number - 1, line, tokenizer, sampling) for number, line in enumerate(lines, 1)]
+
+
+def _from_line(name: str, index: int, line: str, tokenizer: Tokenizer | None, sampling: Sampling) -> Prompt:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InputError(f"{name}: {line[:60]!r} is not JSON, expected one object a line") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{name}: expected a JSON object, got {line[:60]!r}")
+    for key in fields:
+        if key not in (*KINDS, "id", *SAMPLING_FIELDS):
+            raise InputError(f"{name}: unknown key {key!r}{nearest(key, (*KINDS, 'id', *SAMPLING_FIELDS))}")
+    kinds = [kind for kind in KINDS if kind in fields]
+    if len(kinds) != 1:
+        raise InputError(f"{name}: has {', '.join(kinds) or 'no prompt'}, expected exactly one of {', '.join(KINDS)}")
+    own = {key: fields[key] for key in SAMPLING_FIELDS if key in fields}
+    if "stop" in own:
+        own["stop"] = tuple(own["stop"]) if isinstance(own["stop"], list) else (own["stop"],)
+    try:
+        sampling = dataclasses.replace(sampling, **own)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return _prompt(name, fields.get("id", index), kinds[0], fields[kinds[0]], tokenizer, sampling)
+
+
+def _prompt(name: str, id: Any, kind: str, given: Any, tokenizer: Tokenizer | None, sampling: Sampling) -> Prompt:
+    if kind == "token_ids":
+        if not isinstance(given, list):
+            raise InputError(f"{name}: token_ids is {str(given)[:60]!r}, expected a list of integers")
+        if sampling.stop and tokenizer is None:
+            raise InputError(f"{name}: stop strings need a tokenizer, and the checkpoint has no tokenizer.json")
+        return Prompt(name, id, given, given, sampling)
+    if tokenizer is None:
+        raise InputError(f"{name}: {kind} needs a tokenizer, and the checkpoint has no tokenizer.json; use token_ids")
+    if kind == "prompt" and not isinstance(given, str):
+        raise InputError(f"{name}: prompt is {str(given)[:60]!r}, expected a string")
+    try:
+        token_ids = tokenizer.encode(given) if kind == "prompt" else tokenizer.render_chat(given)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return Prompt(name, id, given, token_ids, sampling)
