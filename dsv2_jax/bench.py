@@ -1,6 +1,7 @@
 """What prefill and decode cost: medians of timed steps at given batch and lengths."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -29,8 +30,9 @@ def bench(model: Decoder, batches: Sequence[Sequence[Sequence[int]]], new_tokens
     for prompts in batches:
         table.add_row(*_row(model, prompts, new_tokens))
     device = jax.devices()[0].device_kind
-    Console().print(f"{device}, {model.embed.dtype}, medians of {REPEATS}, implementation: xla")
-    Console().print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(f"{device}, {model.embed.dtype}, medians of {REPEATS}, implementation: xla")
+    console.print(table)
 
 
 def _row(model: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:

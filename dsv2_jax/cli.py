@@ -3,28 +3,35 @@
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from dsv2_jax.config import InputError
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`. Exit codes: 0 done, 2 bad arguments or input (one line), 1 a bug (a traceback)."""
+def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
+    """Parses the flags and runs `main` with the arguments beside them, which `arguments` names.
+
+    Exit codes: 0 done, 2 bad arguments or input (one line), 1 a bug (a traceback).
+    """
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = app.parse_flags_with_usage(argv) if "--help" in argv or "--helpfull" in argv else flags.FLAGS(argv)
         except flags.Error as error:
             _leave(str(error))
-        if len(rest) > 1:
-            _leave(f"unexpected argument {rest[1]!r}: arguments are flags, --name=value")
+        given = rest[1:]
+        if len(given) > len(arguments):
+            _leave(f"unexpected argument {given[len(arguments)]!r}: other arguments are flags, --name=value")
+        if len(given) < len(arguments):
+            _leave(f"missing argument {arguments[len(given)]}")
         return rest
 
-    def guarded(_: list[str]) -> None:
+    def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.ERROR)  # libraries narrate
         try:
-            main()
+            main(*argv[1:])
         except InputError as error:
             _leave(str(error))
         except KeyboardInterrupt:
@@ -36,6 +43,7 @@ def run(main: Callable[[], None]) -> None:
                 raise
             _leave(f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}")
 
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
     app.run(guarded, flags_parser=parse)
 
 

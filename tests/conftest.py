@@ -1,6 +1,9 @@
 """Eight fake CPU devices for every test, and a mesh of one of them unless the test makes its own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -9,7 +12,15 @@ if "cuda" not in os.environ.get("JAX_PLATFORMS", "cpu"):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 
-from sharding.mesh import make_mesh
+# One compilation cache for this process and the commands that tests start.
+CACHE = tempfile.mkdtemp(prefix="dsv2_jax_test_cache_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+from sharding.mesh import make_mesh  # noqa: E402  (after the settings above)
 
 
 @pytest.fixture(autouse=True)

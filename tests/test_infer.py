@@ -1,0 +1,155 @@
+"""infer.py as a user runs it: a checkpoint in, JSON lines and arrays out, bad input in one line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv2_jax import config, generate, model, tokenizer
+from dsv2_jax.config import InputError
+from dsv2_jax.convert import open_checkpoint
+from dsv2_jax.generate import check_tokens
+from dsv2_jax.prompts import from_jsonl
+from dsv2_jax.sampling import Sampling
+from dsv2_jax.weights import write_native
+from sharding.mesh import make_mesh
+
+ROOT = Path(__file__).parent.parent
+CFG = dataclasses.replace(config.tiny(), num_hidden_layers=2, initializer_range=0.1, vocab_size=300)
+
+
+class ModelWeights:
+    """A model in memory as `Weights`."""
+
+    def __init__(self, m, directory):
+        self.config, self.dtype, self.directory = m.cfg, "float32", directory
+        self.arrays = {name: np.asarray(leaf) for name, leaf in model.parameters(m).items()}
+        self.shapes = {name: (a.shape, a.dtype) for name, a in self.arrays.items()}
+
+    def read(self, path, index=()):
+        return self.arrays[path][index]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    with jax.set_mesh(make_mesh()):
+        write_native(ModelWeights(model.init(CFG, 0, jnp.float32), directory), directory, lambda n: None)
+    tokenizer.train(["the quick brown fox jumps over the lazy dog, " * 20], 300).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    with jax.set_mesh(make_mesh()):
+        return model.load(open_checkpoint(checkpoint), "float32")
+
+
+def infer(checkpoint, *arguments, stdin=None):
+    command = [sys.executable, "infer.py", f"--checkpoint={checkpoint}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, input=stdin, timeout=300)
+
+
+def lines(path: Path, *objects) -> Path:
+    path.write_text("".join(json.dumps(o) + "\n" for o in objects))
+    return path
+
+
+def test_generate_answers_every_line_in_order_with_its_own_settings(checkpoint, loaded, tmp_path):
+    given = lines(
+        tmp_path / "in.jsonl",
+        {"id": "a", "token_ids": [5, 6, 7], "max_new_tokens": 4},
+        {"prompt": "the quick", "ignore_eos": True},
+        {"id": 7, "messages": [{"role": "user", "content": "fox"}], "temperature": 0.7, "seed": 3},
+    )
+    done = infer(checkpoint, "--max_new_tokens=6", f"--input={given}", f"--output={tmp_path / 'out.jsonl'}")
+    assert done.returncode == 0, done.stderr
+    first, second, third = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert set(first) == {"id", "prompt", "token_ids", "text", "finish_reason", "logprobs"}
+    assert (first["id"], second["id"], third["id"]) == ("a", 1, 7)
+    assert first["token_ids"] == generate.greedy(loaded, [[5, 6, 7]], 4)[0]
+    tok = tokenizer.Tokenizer.load(checkpoint)
+    assert second["token_ids"] == generate.greedy(loaded, [tok.encode("the quick")], 6)[0]
+    assert second["text"] == tok.decode(second["token_ids"])
+    assert len(third["token_ids"]) == len(third["logprobs"]) <= 6
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_score_and_logits(checkpoint, loaded, tmp_path):
+    ids = [[5, 6, 7, 8], [9, 10]]
+    given = lines(tmp_path / "in.jsonl", *({"token_ids": i} for i in ids))
+    done = infer(checkpoint, "--mode=score", f"--input={given}", f"--logits_npz={tmp_path / 'logits.npz'}")
+    assert done.returncode == 0, done.stderr
+    arrays = np.load(tmp_path / "logits.npz")
+    for index, (sequence, line) in enumerate(zip(ids, map(json.loads, done.stdout.splitlines()))):
+        logits = np.asarray(model.trace(loaded, np.array([sequence], np.int32)).logits[0])
+        np.testing.assert_allclose(arrays[f"logits_{index}"], logits, atol=1e-4)
+        assert arrays[f"logits_{index}"].dtype == np.float32
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(sequence) - 1), sequence[1:]]
+        np.testing.assert_allclose(line["logprobs"], expected, atol=1e-4)
+        assert line["nll"] == pytest.approx(-sum(line["logprobs"]))
+
+
+def test_streamed_text_and_stop_strings_equal_the_collected(checkpoint):
+    free = infer(checkpoint, "--prompt=the", "--max_new_tokens=12", "--ignore_eos")
+    assert free.returncode == 0, free.stderr
+    stop = free.stdout[3:5]
+    stopped = infer(checkpoint, "--prompt=the", "--max_new_tokens=12", "--ignore_eos", f"--stop={stop}")
+    assert stopped.stdout == free.stdout[: free.stdout.index(stop)] + "\n"
+
+
+def test_chat_keeps_the_conversation(checkpoint):
+    done = infer(checkpoint, "--mode=chat", "--max_new_tokens=5", stdin="fox\ndog\n")
+    assert done.returncode == 0, done.stderr
+    alone = infer(checkpoint, "--mode=chat", "--max_new_tokens=5", "--prompt=dog")
+    assert done.stdout.splitlines()[1] != alone.stdout.splitlines()[0]
+
+
+def test_bench_prints_its_table(checkpoint, tmp_path):
+    given = lines(tmp_path / "in.jsonl", *({"token_ids": [1] * n} for n in (3, 20)))
+    done = infer(checkpoint, "--mode=bench", f"--input={given}", "--max_new_tokens=8")
+    assert done.returncode == 0, done.stderr
+    assert "prefill ms" in done.stdout and "of 16" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ('{"token_ids": [1, 300]}', "in.jsonl line 2: token id 300, expected an integer in [0, 299]"),
+        ('{"token_ids": []}', "in.jsonl line 2: the prompt is empty"),
+        ('{"token_ids": [1], "temprature": 1}', "unknown key 'temprature', did you mean 'temperature'"),
+        ('{"token_ids": [1], "top_p": 0}', "in.jsonl line 2: top_p is 0"),
+        ('{"token_ids": [1], "stop": [3]}', "in.jsonl line 2: stop is"),
+        ('{"token_ids": [1], "prompt": "x"}', "expected exactly one of"),
+        ('{"id": 3}', "expected exactly one of"),
+        ('{"token_ids": "x"}', "expected a list of integers"),
+        ('{"messages": [{"role": "wizard", "content": "x"}]}', "in.jsonl line 2"),
+        ("{", "in.jsonl line 2: '{' is not JSON"),
+        ("", "in.jsonl line 2: '' is not JSON"),
+        ("[1]", "in.jsonl line 2: expected a JSON object"),
+        (json.dumps({"token_ids": [1] * 2048}), "the prompt has 2048 tokens, expected at most 2047"),
+    ],
+)
+def test_bad_lines_are_refused_with_their_number(checkpoint, tmp_path, line, told):
+    # In-process: starting Python thirteen times would take longer than all other tests of this file.
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"token_ids": [1]}\n' + line + '\n{"token_ids": [1]}\n')
+    with pytest.raises(InputError) as refused:
+        for prompt in from_jsonl(str(file), tokenizer.Tokenizer.load(checkpoint), Sampling()):
+            check_tokens(CFG, prompt.name, prompt.token_ids, room=1)
+    assert told in str(refused.value)
+
+
+def test_nothing_is_written_when_a_line_is_bad(checkpoint, tmp_path):
+    given = lines(tmp_path / "in.jsonl", {"token_ids": [1]}, {"token_ids": [300]})
+    (tmp_path / "out.jsonl").write_text("what was there")
+    done = infer(checkpoint, f"--input={given}", f"--output={tmp_path / 'out.jsonl'}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "line 2" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == "what was there"
