@@ -61,8 +61,6 @@ def main() -> None:
         cfg, tokenizer = weights.config, Tokenizer.load(weights.directory)
         # float16 overflows in this model; float32 holds the same values.
         dtype = FLAGS.dtype or ("float32" if weights.dtype == "float16" else weights.dtype)
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would use TF32 otherwise
     sampling = Sampling(
         **{name: getattr(FLAGS, name) for name in prompts.SAMPLING_FIELDS if name != "stop"}, stop=tuple(FLAGS.stop)
     )

@@ -7,6 +7,8 @@ are stacked on a leading axis and scanned. `convert.py` maps the names here to t
 Letters: L layers, B batch, T positions, D model, K experts a token, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +46,17 @@ class Layer(nnx.Module):
         return x_BTD + h_BTD, (cache, stats)
 
 
+def float32_exact(method: Callable) -> Callable:
+    """Float32 parameters multiply in float32: a GPU would use TF32 otherwise. Gradients inherit it."""
+
+    @functools.wraps(method)
+    def wrapped(self: "Decoder", *args, **kwargs):
+        with jax.default_matmul_precision("highest" if self.embed.dtype == jnp.float32 else "default"):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
 class Decoder(nnx.Module):
     """The whole model. Parameters are drawn on the current mesh, in `dtype`; activations follow the parameters' dtype."""
 
@@ -57,6 +70,7 @@ class Decoder(nnx.Module):
         self.final_norm = nnx.Param(jnp.ones(cfg.hidden_size, dtype))
         self.w_head = init_normal(rngs, cfg, (cfg.hidden_size, cfg.vocab_size), dtype)
 
+    @float32_exact
     def __call__(
         self,
         tokens_BT,
@@ -96,6 +110,7 @@ class Decoder(nnx.Module):
         stats = _concatenate([s for s in stats if s]) if any(stats) else {}
         return self._norm(x_BTD), _concatenate(caches), stats
 
+    @float32_exact
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of normalised hidden states [..., D]."""
         return jnp.einsum("...d,dv->...v", hidden, self.w_head, preferred_element_type=jnp.float32)
@@ -157,6 +172,7 @@ class Trace(NamedTuple):
 
 
 @jax.jit
+@float32_exact
 def trace(model: Decoder, tokens_BT: jax.Array) -> Trace:
     """Runs the layers one by one, without a scan, and keeps what lies between them."""
     x_BTD, ctx = model._embed(*from_zero(tokens_BT))

@@ -42,7 +42,7 @@ def _backward(row_unit, saved, g_MF):
         x_UK = lax.dynamic_slice_in_dim(x_MK, block * row_unit, row_unit)
         g_UF = lax.dynamic_slice_in_dim(g_MF, block * row_unit, row_unit)
         expert = block_expert[block]
-        dw_KF = dw_EKF[expert] + lax.dot_general(x_UK, g_UF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        dw_KF = dw_EKF[expert] + _dot(x_UK, g_UF, (((0,), (0,)), ((), ())))
         return lax.dynamic_update_index_in_dim(dw_EKF, dw_KF, expert, 0)
 
     dw_EKF = lax.fori_loop(0, used, add_block, lax.full_like(w_EKF, 0, jnp.float32))
@@ -64,8 +64,14 @@ def _rows_by_expert(x_MA, w_EAB, group_sizes_E, row_unit, dimension_numbers) -> 
 
     def multiply_block(block, out_MB):
         x_UA = lax.dynamic_slice_in_dim(x_MA, block * row_unit, row_unit)
-        out_UB = lax.dot_general(x_UA, w_EAB[block_expert[block]], dimension_numbers, preferred_element_type=jnp.float32)
+        out_UB = _dot(x_UA, w_EAB[block_expert[block]], dimension_numbers)
         return lax.dynamic_update_slice_in_dim(out_MB, out_UB.astype(out_MB.dtype), block * row_unit, 0)
 
     width = w_EAB.shape[2] if dimension_numbers[0][1] == (0,) else w_EAB.shape[1]
     return lax.fori_loop(0, used, multiply_block, lax.full_like(x_MA, 0, shape=(x_MA.shape[0], width)))
+
+
+def _dot(a: jax.Array, b: jax.Array, dimension_numbers) -> jax.Array:
+    """Accumulates in float32; float32 operands are not rounded to TF32, in a backward pass either, where no context reaches."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dimension_numbers, precision, preferred_element_type=jnp.float32)

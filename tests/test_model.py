@@ -128,3 +128,16 @@ def test_experts_are_split_over_the_expert_axis_and_the_rest_is_not():
         for name, leaf in model.parameters(model.abstract(TINY, jnp.float32)).items():
             expected = "expert" if ".experts." in name else None
             assert (leaf.sharding.spec[1] if leaf.ndim > 1 else None) == expected, name
+
+
+def test_float32_never_becomes_tf32():
+    """Every matmul of a float32 gradient asks for full precision, which only a GPU would not give by itself."""
+
+    def total(m, ids):
+        hidden_BTD, _, _ = m(*model.from_zero(ids), remat=True)
+        return log_probs(m, hidden_BTD, ids).sum()
+
+    lowered = jax.jit(jax.grad(total)).lower(model.abstract(TINY, jnp.float32), jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    matmuls = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert len(matmuls) > 50
+    assert [line for line in matmuls if "precision = [HIGHEST, HIGHEST]" not in line] == []

@@ -1,0 +1,52 @@
+# demo: the main job from nothing. test: the suite. parity: against live PyTorch. campaign: the long counted runs.
+
+# $(PYTHON) is used as it is where it imports jax; else .venv is made.
+PYTHON ?= python3
+ifeq ($(shell $(PYTHON) -c 'import jax' 2>/dev/null && echo yes),yes)
+  PY := $(PYTHON)
+else
+  PY := .venv/bin/python
+  VENV := .venv/made
+endif
+# PyTorch lives in an environment of its own; TORCH_PYTHON names another that has torch and transformers.
+ifdef TORCH_PYTHON
+  export TORCH_PYTHON
+else
+  REFERENCE := .venv-reference/made
+endif
+EXTRAS := test,plot,train$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
+
+.PHONY: demo test parity campaign
+
+demo: $(VENV)
+	rm -rf demo && mkdir demo
+	$(PY) train.py --preset=tiny --workdir=demo/run
+	$(PY) -m dsv2_jax.plot demo/run
+	$(PY) -m dsv2_jax.convert --input=demo/run --output=demo/huggingface --to=hf
+	@printf '\n-- loaded from demo/huggingface, the model continues "def __init__(self":\n\n'
+	$(PY) infer.py --checkpoint=demo/huggingface --mode=generate --prompt='def __init__(self' --max_new_tokens=96 --temperature=0.5
+	@printf '\n-- what lies where\n'
+	@echo 'demo/run/checkpoints      training state; run the train.py line again with a higher --steps to go on'
+	@echo 'demo/run/metrics.jsonl    a line a step'
+	@ls demo/run/*.png | sed 's/$$/        the curves/'
+	@echo 'demo/huggingface          the model for transformers, vLLM, or infer.py'
+
+test: $(VENV)
+	$(PY) -m pytest
+
+parity: $(VENV) $(REFERENCE)
+	$(PY) -m dsv2_jax.parity
+
+campaign: $(VENV)
+	$(PY) tests/campaign_resume.py
+	$(PY) tests/campaign_convert.py
+
+.venv/made: setup.py constraints.txt
+	$$(command -v python3.12 || command -v $(PYTHON)) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+.venv-reference/made: tests/reference_requirements.txt
+	$$(command -v python3.11 || command -v $(PYTHON)) -m venv .venv-reference
+	.venv-reference/bin/python -m pip install --quiet --disable-pip-version-check -r tests/reference_requirements.txt
+	touch $@
