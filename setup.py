@@ -14,7 +14,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
-        "numpy>=2",
+        "numpy>=2.1",
         "absl-py>=2.1",
         "safetensors>=0.5",
         "tokenizers>=0.21",

@@ -39,7 +39,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         except BrokenPipeError:  # `| head`: the reader has gone, and nobody is left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             _leave(f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}")
 

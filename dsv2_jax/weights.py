@@ -1,0 +1,218 @@
+"""Weights: where parameters come from. What every checkpoint offers, the native directory, and loading onto devices.
+
+A native directory holds `native.json` (format, configuration, shapes and dtypes), one safetensors file a parameter named by its
+path (`moe.attn.w_dkv.safetensors`), layers and experts stacked, and the small files beside: config.json, tokenizer, licence.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
+
+from dsv2_jax.config import InputError, ModelConfig
+from dsv2_jax.tensor_files import copy, create_tensors, read_json, read_tensors
+
+FORMAT = 1
+MANIFEST = "native.json"
+
+
+class Weights(Protocol):
+    """A checkpoint, opened: parameters by path, read slice by slice."""
+
+    config: ModelConfig
+    dtype: str  # of most of its elements: bfloat16, float16 or float32
+    directory: Path  # holds the tokenizer and other small files
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
+
+    def read(self, path: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
+        """`parameter[index]`: of the dtype in `shapes`, often a view of a memory map and read when it is used."""
+        ...
+
+
+class NativeWeights:
+    """A native directory as `Weights`. `hf_dtypes`: of Hugging Face tensors that were narrower than their stack is."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises: InputError, if a file is missing, damaged, or other than native.json says."""
+        self.directory = Path(directory)
+        manifest = read_json(member(self.directory, MANIFEST))
+        if manifest.get("format") != FORMAT:
+            raise InputError(f"{self.directory}/{MANIFEST}: format is {manifest.get('format')!r}, this program reads {FORMAT}")
+        for key in ("config", "parameters", "hf_dtypes"):
+            if not isinstance(manifest.get(key), dict):
+                raise InputError(f"{self.directory}/{MANIFEST}: {key} is {manifest.get(key)!r}, expected an object")
+        self.config = ModelConfig.from_hf(manifest["config"])
+        self.hf_dtypes: dict[str, str] = manifest["hf_dtypes"]
+        if not all(dtype in ("bfloat16", "float16", "float32") for dtype in self.hf_dtypes.values()):
+            raise InputError(f"{self.directory}/{MANIFEST}: hf_dtypes holds other than bfloat16, float16 and float32")
+        self._arrays = {}
+        for path, stated in manifest["parameters"].items():
+            file = member(self.directory, f"{path}.safetensors")
+            tensors = read_tensors(file)
+            if set(tensors) != {path} or _describe(tensors[path].shape, tensors[path].dtype) != stated:
+                held = {name: _describe(x.shape, x.dtype) for name, x in tensors.items()}
+                raise InputError(f"{file}: holds {held}, {MANIFEST} says {path}: {stated}")
+            self._arrays[path] = tensors[path]
+        self.shapes = {path: (array.shape, array.dtype) for path, array in self._arrays.items()}
+        self.dtype = main_dtype(self.shapes)
+
+    def read(self, path: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
+        return self._arrays[path][index]
+
+
+def write_native(weights: Weights, directory: Path, advance: Callable[[int], None]) -> None:
+    """Writes native.json and the parameters into `directory`, a layer or an expert at a time; `advance` is told the bytes."""
+    for path, (shape, dtype) in weights.shapes.items():
+        with create_tensors(directory / f"{path}.safetensors", {path: (shape, dtype)}) as write:
+            for index in np.ndindex(shape[: stacked_axes(path)]):
+                array = weights.read(path, index)
+                write(path, array, index)
+                advance(array.nbytes)
+    manifest = {
+        "format": FORMAT,
+        "config": weights.config.to_hf(weights.dtype),
+        "parameters": {path: _describe(*spec) for path, spec in weights.shapes.items()},
+        "hf_dtypes": getattr(weights, "hf_dtypes", {}),
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def load(weights: Weights, abstract: Any) -> Any:
+    """Reads parameters onto devices; each device reads its own part, in layers, so that the host holds about one parameter.
+
+    Args:
+        abstract: a pytree of `jax.ShapeDtypeStruct`, as `jax.eval_shape` makes it; key paths are the parameters' names. A
+            leaf is cast to its dtype and placed by its sharding (on the current mesh if that is abstract).
+
+    Returns:
+        The same pytree with arrays.
+
+    Raises:
+        InputError: parameters are missing, unexpected or of another shape; all are listed.
+    """
+    leaves, tree = jax.tree.flatten_with_path(abstract)
+    wanted = {jax.tree_util.keystr(key, simple=True, separator=".").removesuffix(".value"): leaf for key, leaf in leaves}
+    shapes = {path: shape for path, (shape, _) in weights.shapes.items()}
+    refuse_mismatch(
+        f"{weights.directory}: the checkpoint does not match the model",
+        {
+            "missing": wanted.keys() - shapes.keys(),
+            "unexpected": shapes.keys() - wanted.keys(),
+            "wrong shape": [
+                f"{path} is {list(shapes[path])}, expected {list(leaf.shape)}"
+                for path, leaf in wanted.items()
+                if path in shapes and shapes[path] != leaf.shape
+            ],
+        },
+    )
+    return tree.unflatten([_place(weights, path, leaf) for path, leaf in wanted.items()])
+
+
+def _place(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in parts:
+            parts[str(index)] = _cast(weights, path, index, leaf.dtype)
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype)
+
+
+def _cast(weights: Weights, path: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    shape = [len(range(n)[i]) for n, i in zip(weights.shapes[path][0], index)]
+    array = np.empty(shape, dtype)
+    if stacked_axes(path) == 0:
+        copy(array, weights.read(path, index))
+    else:
+        for row, layer in enumerate(range(weights.shapes[path][0][0])[index[0]]):
+            copy(array[row], weights.read(path, (layer, *index[1:])))
+    return array
+
+
+def stacked_axes(path: str) -> int:
+    """The number of leading axes that stack: layers (1), layers and experts (2), or none (0)."""
+    return 0 if "." not in path else 2 if ".experts." in path else 1
+
+
+def main_dtype(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    """The dtype of most elements."""
+    sizes: dict[str, int] = {}
+    for shape, dtype in shapes.values():
+        sizes[dtype.name] = sizes.get(dtype.name, 0) + int(np.prod(shape, dtype=object))
+    return max(sizes, key=sizes.__getitem__)
+
+
+def member(directory: Path, name: str) -> Path:
+    """The file `name` in `directory`. InputError if that leads elsewhere: a path, or a symbolic link out of the directory."""
+    if not name.isprintable() or name != Path(name).name or "\\" in name or name in ("", ".."):
+        raise InputError(f"{directory}: {name!r} is not a plain file name, expected a file in this directory")
+    file = directory / name
+    if file.resolve().parent != directory.resolve():
+        advice = "copy the checkpoint with its links followed, `cp -rL`, or download it with --local-dir"
+        raise InputError(f"{file}: a symbolic link to {file.resolve()}, outside the checkpoint; {advice}")
+    return file
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, room: int) -> Iterator[Path]:
+    """Yields PATH.partial, to be filled with at most about `room` bytes; it becomes PATH if the block ends well, and goes if not."""
+    if os.path.lexists(path):
+        raise InputError(f"{path}: exists already, expected a new directory")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path}: cannot make the directory {partial}, a file is in the way") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another conversion is writing it") from None
+        for stale in list(partial.iterdir()):  # of a conversion that was killed
+            if stale.is_dir() and not stale.is_symlink():
+                raise InputError(f"{stale}: expected to be no directory; remove {partial} if it is not needed")
+            stale.unlink()
+        try:
+            if (free := shutil.disk_usage(partial).free) < room:
+                raise InputError(f"{path}: needs {room / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            yield partial
+            for file in (*partial.iterdir(), partial):
+                _sync(file)
+            partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _sync(path.parent)
+    finally:
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def refuse_mismatch(what: str, problems: Mapping[str, Iterable[str]]) -> None:
+    """Raises one InputError that lists every kind of problem, if there is any: eight names of each and the count of the rest."""
+    lists = [(kind, sorted(names)) for kind, names in problems.items()]
+    parts = [f"{kind}: {', '.join(n[:8])}{f' and {len(n) - 8} more' if len(n) > 8 else ''}" for kind, n in lists if n]
+    if parts:
+        raise InputError(f"{what}; " + "; ".join(parts))
+
+
+def _describe(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    return {"dtype": dtype.name, "shape": list(shape)}
