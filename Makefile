@@ -39,7 +39,7 @@ parity: $(VENV) $(REFERENCE)
 
 campaign: $(VENV)
 	$(PY) tests/campaign_resume.py
-	KILLS=10 FUZZ_CASES=20000 $(PY) -m pytest tests/test_convert.py tests/test_tensor_files.py -k "kill or mutated or fuzz"
+	KILLS=10 FUZZ_CASES=20000 $(PY) -m pytest tests/test_convert.py tests/test_tensor_files.py -k "kill or accept_only"
 
 .venv/made: setup.py constraints.txt
 	$$(command -v python3.12 || command -v $(PYTHON)) -m venv .venv

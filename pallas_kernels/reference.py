@@ -30,11 +30,12 @@ def latent_attention(q_latent_BTNC, q_rope_BTNR, c_kv_BSC, k_rope_BSR, positions
     Returns:
         [B, T, N, C], the attended latents, in the queries' dtype; scores, softmax and accumulation in float32.
     """
-    scores_BNTS = jnp.einsum("btnc,bsc->bnts", q_latent_BTNC, c_kv_BSC, preferred_element_type=jnp.float32)
-    scores_BNTS += jnp.einsum("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
+    # Queries and heads stay together, rows of the one shared key: with N before T, XLA's CPU backend refuses bfloat16 at T = 1.
+    scores_BTNS = jnp.einsum("btnc,bsc->btns", q_latent_BTNC, c_kv_BSC, preferred_element_type=jnp.float32)
+    scores_BTNS += jnp.einsum("btnr,bsr->btns", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
     visible_BTS = jnp.arange(c_kv_BSC.shape[1]) <= positions_BT[:, :, None]
-    probs_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED), axis=-1)
-    out_BTNC = jnp.einsum("bnts,bsc->btnc", probs_BNTS.astype(c_kv_BSC.dtype), c_kv_BSC, preferred_element_type=jnp.float32)
+    probs_BTNS = jax.nn.softmax(jnp.where(visible_BTS[:, :, None], scores_BTNS * scale, MASKED), axis=-1)
+    out_BTNC = jnp.einsum("btns,bsc->btnc", probs_BTNS.astype(c_kv_BSC.dtype), c_kv_BSC, preferred_element_type=jnp.float32)
     return out_BTNC.astype(q_latent_BTNC.dtype)
 
 

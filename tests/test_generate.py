@@ -52,6 +52,15 @@ def test_eight_devices_give_the_tokens_of_one(m):
         assert generate.greedy(model.init(CFG, 0, jnp.float32), PROMPTS, 5) == one
 
 
+def test_bfloat16_follows_float32(m):
+    """A batch in bfloat16 runs wherever float32 does, and its log-probabilities stay near."""
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), m)
+    sampling = Sampling(max_new_tokens=1)
+    for one, other in zip(*(generate.generate(x, [Request(p, sampling) for p in PROMPTS], None) for x in (m, low))):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=0.3)
+    assert [len(tokens) for tokens in generate.greedy(low, PROMPTS, 4)] == [4] * 4
+
+
 def test_decode_compiles_once_while_it_grows(m):
     generate.greedy(m, PROMPTS[:1], 3)
     compiled = generate.decode._cache_size()
