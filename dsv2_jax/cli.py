@@ -29,7 +29,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         return rest
 
     def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # libraries narrate
+        logging.set_verbosity(logging.FATAL)  # libraries narrate, and log errors that they also raise
         try:
             main(*argv[1:])
         except InputError as error:

@@ -377,9 +377,10 @@ def preset(name: str) -> ModelConfig:
 
 def train_preset(name: str) -> TrainConfig:
     """How the named model is trained: as in the paper (appendix B for Lite), or in two minutes on two CPU cores."""
+    preset(name)  # refuses an unknown one
     lite = {"batch_size": 4608, "learning_rate": 4.2e-4, "schedule_steps": 302_000, "first_decay": 0.8, "expert_balance": 0.001}
-    tiny = {"dtype": "float32", "batch_size": 8, "seq_len": 128, "learning_rate": 3e-3, "warmup_steps": 30}
-    tiny |= {"schedule_steps": 400, "remat": "none", "checkpoint_every": 50}
+    tiny = {"dtype": "float32", "batch_size": 16, "seq_len": 128, "learning_rate": 6e-3, "warmup_steps": 30}
+    tiny |= {"schedule_steps": 300, "remat": "none", "checkpoint_every": 50}
     return TrainConfig(**{"v2": {}, "v2_lite": lite, "tiny": tiny}[name])
 
 

@@ -6,7 +6,7 @@ this package; torch is imported where it is used, because the tests build the sa
     python -I dsv2_jax/parity_reference.py families OUT
     python -I dsv2_jax/parity_reference.py activations --hf DIR ... --tokens FILE.npz --out DIR --dtype float32 bfloat16 rounded
 
-The reference is transformers' native deepseek_v2, with DeepSeek's released code ruling where native ignores a field (`_native`).
+The reference is transformers' native deepseek_v2, with DeepSeek's released code ruling where native ignores a field (`native_module`).
 """
 
 import argparse
@@ -28,7 +28,7 @@ _V2 = {
     "model_type": "deepseek_v2",
     "vocab_size": 256,
     "hidden_size": 80,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 5,
     "num_key_value_heads": 5,
     "q_lora_rank": 56,
@@ -87,16 +87,17 @@ def _yarn(**changes):
 
 FAMILIES = {
     "v2": _V2,
-    "v2_chat": _V2 | {"architectures": ["DeepseekForCausalLM"], "model_type": "deepseek"},  # its first upload's names
-    "v2_5": _V2 | _yarn(mscale=1.0, mscale_all_dim=1.0) | {"torch_dtype": "bfloat16"},
     "lite": _LITE,
-    "coder_lite": {k: v for k, v in _LITE.items() if k != "q_lora_rank"} | {"topk_method": "gready"},  # null dropped by dumpers
+    "v2_5": _V2 | _yarn(mscale=1.0, mscale_all_dim=1.0) | {"torch_dtype": "bfloat16"},
     "esft": _LITE | {"rope_scaling": None, "max_position_embeddings": 512},
-    "unequal_mscale": _LITE | _yarn(mscale=0.707, mscale_all_dim=1.0, beta_fast=4),
-    "stacked": _V2,  # saved in the layout transformers 5 holds in memory, with the config.json it writes
+    # With an epsilon large enough to show: the two latent norms must not take it.
+    "unequal_mscale": _LITE | _yarn(mscale=0.707, mscale_all_dim=1.0, beta_fast=2) | {"rms_norm_eps": 0.01},
     "norm_topk_prob": _V2 | {"norm_topk_prob": True},
-    "moe_layer_freq": _V2 | {"moe_layer_freq": 2, "num_hidden_layers": 6},
+    "moe_layer_freq": _V2 | {"moe_layer_freq": 2, "first_k_dense_replace": 0},
     "no_shared_experts": _LITE | {"n_shared_experts": None},
+    "v2_chat": _V2 | {"architectures": ["DeepseekForCausalLM"], "model_type": "deepseek"},  # its first upload's names
+    "coder_lite": {k: v for k, v in _LITE.items() if k != "q_lora_rank"} | {"topk_method": "gready"},  # null dropped by dumpers
+    "stacked": _V2,  # saved in the layout transformers 5 holds in memory, with the config.json it writes
 }
 
 
@@ -140,18 +141,23 @@ def weight_shapes(hf: dict) -> dict[str, tuple[int, ...]]:
 
 
 def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """A float32 tensor that depends on its name and the seed alone.
+    """A float32 tensor of bfloat16 values that depends on its name and the seed alone.
 
     The spread is on purpose: with the customary std of 0.02 and norms of 1, attention is flat and the routers are nearly tied,
-    so that a wrong softmax scale, a missing norm or a swapped expert hardly shows.
+    so that a wrong softmax scale, a missing norm or a swapped expert hardly shows. Routed experts are kept small, because V2
+    scales them by 16: one near-tie that bfloat16 decides otherwise would drown every other error.
     """
     x = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
     if "norm" in name:
-        return np.exp(0.4 * x)
-    if "embed_tokens" in name:
-        return x
-    gain = 2.0 if ".gate." in name else 0.5 if "o_proj" in name or "down_proj" in name else 1.3  # ".gate.": the router
-    return x * np.float32(gain / shape[-1] ** 0.5)
+        x = np.exp(0.4 * x)
+    elif "embed_tokens" not in name:
+        gain = 1.3
+        if ".gate." in name:  # the router
+            gain = 2.0
+        elif "o_proj" in name or "down_proj" in name:
+            gain = 0.1 if ".experts." in name else 0.5
+        x *= np.float32(gain / shape[-1] ** 0.5)
+    return (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
 def write_checkpoint(directory: Path, hf: dict, seed: int) -> None:
@@ -179,7 +185,7 @@ def write_families(out: Path) -> None:
 
 
 @functools.cache
-def _native():
+def native_module():
     """transformers' deepseek_v2 module, patched in the three places where it ignores a field that DeepSeek's released code reads.
 
     The two equal each other on every published checkpoint.
@@ -229,9 +235,9 @@ def load(directory: Path, dtype: str):
     """The checkpoint as a `DeepseekV2ForCausalLM` in eval mode; exits if a tensor is missing, left over or of another shape."""
     import torch
 
-    model, report = _native().DeepseekV2ForCausalLM.from_pretrained(
+    model, report = native_module().DeepseekV2ForCausalLM.from_pretrained(
         directory,
-        config=_native_config(json.loads((Path(directory) / "config.json").read_text())),
+        config=native_config(json.loads((Path(directory) / "config.json").read_text())),
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
         local_files_only=True,
         use_safetensors=True,
@@ -243,7 +249,7 @@ def load(directory: Path, dtype: str):
     return (model.float() if dtype == "rounded" else model).eval()
 
 
-def _native_config(hf: dict):
+def native_config(hf: dict):
     """transformers' configuration of a config.json, with the released configuration class's defaults, not native's."""
     from transformers import DeepseekV2Config
 
@@ -277,13 +283,14 @@ def activations(model, sequences: list[np.ndarray], new_tokens: int) -> dict[str
             hooks.append(layer.mlp.gate.register_forward_hook(lambda module, args, output: experts.append(output[2].numpy())))
     result = {"moe_layers": np.array(moe_layers, np.int32)}
     with torch.inference_mode():
+        chosen = model.config.num_experts_per_tok
         for i, tokens in enumerate(sequences):
             hidden.clear()
             experts.clear()
             logits = model(torch.tensor(tokens[None]).long(), use_cache=False).logits[0]
             result[f"logits_{i}"] = logits.float().numpy()
             result[f"hidden_{i}"] = np.stack(hidden)
-            result[f"experts_{i}"] = np.array(experts, np.int32).reshape(len(moe_layers), len(tokens), -1)
+            result[f"experts_{i}"] = np.array(experts, np.int32).reshape(len(moe_layers), len(tokens), chosen)
         for hook in hooks:
             hook.remove()
         for i, tokens in enumerate(sequences):

@@ -1,0 +1,105 @@
+"""What a run reports: metrics.jsonl, one JSON object a logged step, and what is shown meanwhile.
+
+MFU = model FLOPs of forward and backward, causal attention counted half, active parameters with the head, no recomputation
+(`ModelConfig.flops_per_token`), over the dense bfloat16 peak of the devices.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import rich.console
+import rich.progress
+
+from dsv2_jax.config import InputError, ModelConfig
+
+FILE = "metrics.jsonl"
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a device, dense bfloat16
+SHOWN_EVERY = 5.0  # seconds, where there is no terminal
+
+Record = dict[str, float | int | None]
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl. A torn last line, which a killed writer leaves, is none.
+
+    Raises:
+        InputError: no such file, or a line before the last that is not a record; with its number.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected the metrics of a training run")
+    lines = path.read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+            records[-1]["step"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}:{number}: {line[:40]!r}, expected a JSON object with a step") from None
+    return records
+
+
+class MetricsFile:
+    """Appends records. Those after `step`, which a resumed run will write again, are removed first."""
+
+    def __init__(self, path: Path, step: int):
+        kept = [record for record in read(path) if record["step"] <= step] if path.exists() else []
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w") as file:
+            file.writelines(map(_line, kept))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: Mapping[str, float | int | None]) -> None:
+        """Floats are written so that they read back exactly."""
+        self._file.write(_line(record))
+        self._file.flush()
+
+
+def _line(record: Mapping[str, float | int | None]) -> str:
+    return json.dumps(dict(record)) + "\n"
+
+
+def speed(model: ModelConfig, seq_len: int, tokens: int, seconds: float) -> Record:
+    """Throughput of all devices. MFU is null where the devices' peak is not known."""
+    tokens_per_s = tokens / seconds
+    kind = jax.devices()[0].device_kind
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    mfu = peak and tokens_per_s * model.flops_per_token(seq_len) / (peak * jax.sharding.get_mesh().size)
+    return {"perf/tokens_per_s": tokens_per_s, "perf/mfu": mfu, "perf/step_ms": seconds * 1e3}
+
+
+@contextlib.contextmanager
+def display(first: int, steps: int) -> Iterator[Callable[[Record], None]]:
+    """Shows records as they come: a progress bar on a terminal, otherwise a line every few seconds and for the last step."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[text]}"))
+        with rich.progress.Progress(*columns, console=console) as bar:
+            task = bar.add_task("train", total=steps, completed=first, text="")
+            yield lambda record: bar.update(task, completed=record["step"], text=describe(record))
+        return
+    shown = -SHOWN_EVERY
+
+    def show(record: Record) -> None:
+        nonlocal shown
+        if record["step"] == steps or time.monotonic() - shown >= SHOWN_EVERY:
+            shown = time.monotonic()
+            print(f"step {record['step']}/{steps}  {describe(record)}", flush=True)
+
+    yield show
+
+
+def describe(record: Record) -> str:
+    """The few figures to watch."""
+    mfu = "" if record["perf/mfu"] is None else f"  mfu {record['perf/mfu']:.1%}"
+    return (
+        f"loss {record['loss/lm']:.4f}  grad_norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+        f"{record['perf/tokens_per_s']:.0f} tokens/s{mfu}"
+    )
