@@ -5,6 +5,11 @@ import os
 import shutil
 import tempfile
 
+# Tests compile a hundred programs and run each for milliseconds: compile fast. Before jax is imported, and for the commands
+# that tests start.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
+
 import jax
 import pytest
 
