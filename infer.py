@@ -8,10 +8,13 @@ python infer.py --preset=v2_lite --mode=bench
 
 import contextlib
 import json
+import math
 import os
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +24,8 @@ from absl import flags
 from dsv2_jax import cli, config, prompts
 from dsv2_jax import model as model_lib
 from dsv2_jax.bench import bench
-from dsv2_jax.config import InputError
 from dsv2_jax.convert import open_checkpoint
+from dsv2_jax.fields import InputError
 from dsv2_jax.generate import Request, check_tokens, generate, score
 from dsv2_jax.model import Decoder
 from dsv2_jax.prompts import Prompt
@@ -67,43 +70,50 @@ def main() -> None:
     requests = _requests(tokenizer, sampling)
     for request in requests:
         check_tokens(cfg, request.name, request.token_ids, room=0 if FLAGS.mode == "score" else 1)
-    with jax.set_mesh(make_mesh()), _output() as output, _fresh(FLAGS.logits_npz) as logits_npz:
+    if FLAGS.output and FLAGS.logits_npz and os.path.realpath(FLAGS.output) == os.path.realpath(FLAGS.logits_npz):
+        raise InputError(f"--output and --logits_npz: both are {FLAGS.output}, expected two files")
+    eos_id = cfg.eos_token_id if cfg.eos_token_id is not None or tokenizer is None else tokenizer.eos_id
+    with jax.set_mesh(make_mesh()), _fresh("output") as output, _fresh("logits_npz") as logits_npz:
         if FLAGS.preset:
             model = model_lib.init(cfg, FLAGS.seed, jnp.dtype(dtype))
         else:
             model = model_lib.load(weights, dtype)
         if FLAGS.mode == "generate":
-            run_generate(model, tokenizer, requests, output)
+            run_generate(model, tokenizer, requests, eos_id, output)
         elif FLAGS.mode == "chat":
-            run_chat(model, tokenizer, sampling)
+            run_chat(model, tokenizer, sampling, eos_id)
         elif FLAGS.mode == "score":
             run_score(model, requests, output, logits_npz)
         else:
-            default = [[[n % cfg.vocab_size for n in range(128)]] * batch for batch in (1, 8)]
+            default = [np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, 128)).tolist() for batch in (1, 8)]
             bench(model, [[r.token_ids for r in requests]] if requests else default, sampling.max_new_tokens)
 
 
 def _requests(tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
+    if FLAGS.logits_npz is not None and FLAGS.mode != "score":
+        raise InputError(f"--logits_npz: --mode={FLAGS.mode} has no logits to write, expected --mode=score")
+    if FLAGS.output is not None and FLAGS.mode in ("chat", "bench"):
+        raise InputError(f"--output: --mode={FLAGS.mode} writes no lines, expected --mode=generate or score")
     if FLAGS.mode in ("generate", "score") and bool(FLAGS.prompt) == bool(FLAGS.input):
         raise InputError(f"--mode={FLAGS.mode}: expected --prompt or --input, and not both")
     if FLAGS.mode == "chat":
         if tokenizer is None:
             raise InputError("--mode=chat: the checkpoint has no tokenizer.json")
-        if FLAGS.input or FLAGS.output:
+        if FLAGS.input:
             raise InputError(
                 "--mode=chat: reads --prompt or the terminal; batches of messages go through --mode=generate --input"
             )
         return []
-    if FLAGS.logits_npz and FLAGS.mode != "score":
-        raise InputError(f"--logits_npz: --mode={FLAGS.mode} has no logits to write, expected --mode=score")
     if FLAGS.input:
         return prompts.from_jsonl(FLAGS.input, tokenizer, sampling)
     return prompts.from_texts(FLAGS.prompt, tokenizer, sampling)
 
 
-def run_generate(model: Decoder, tokenizer: Tokenizer | None, requests: list[Prompt], output: IO[str] | None) -> None:
-    """Writes a JSON line for each request in order; a single --prompt without --output is streamed as text."""
-    streaming = output is None and len(FLAGS.prompt) == 1
+def run_generate(
+    model: Decoder, tokenizer: Tokenizer | None, requests: list[Prompt], eos_id: int | None, output: IO[bytes] | None
+) -> None:
+    """Writes a JSON line for each request in order; on a terminal, a single --prompt is streamed as text."""
+    streaming = output is None and len(FLAGS.prompt) == 1 and sys.stdout.isatty()
     streams = [TextStream(tokenizer, r.sampling.stop) if tokenizer else None for r in requests]
     texts = [""] * len(requests)
 
@@ -118,7 +128,6 @@ def run_generate(model: Decoder, tokenizer: Tokenizer | None, requests: list[Pro
         show(index, streams[index].feed(token))
         return streams[index].stopped is not None
 
-    eos_id = model.cfg.eos_token_id if model.cfg.eos_token_id is not None or tokenizer is None else tokenizer.eos_id
     completions = generate(model, [Request(r.token_ids, r.sampling) for r in requests], eos_id, on_token)
     for index, (request, done) in enumerate(zip(requests, completions)):
         if streams[index] is not None:
@@ -126,15 +135,12 @@ def run_generate(model: Decoder, tokenizer: Tokenizer | None, requests: list[Pro
         line = {"id": request.id, "prompt": request.given, "token_ids": done.token_ids}
         line |= {"text": texts[index]} if tokenizer else {}
         if not streaming:
-            print(
-                json.dumps(line | {"finish_reason": done.finish_reason, "logprobs": done.logprobs}, ensure_ascii=False),
-                file=output,
-            )
+            _line(line | {"finish_reason": done.finish_reason, "logprobs": done.logprobs}, output)
     if streaming:
         print()
 
 
-def run_chat(model: Decoder, tokenizer: Tokenizer, sampling: Sampling) -> None:
+def run_chat(model: Decoder, tokenizer: Tokenizer, sampling: Sampling, eos_id: int | None) -> None:
     """A conversation: each --prompt, or else each line of standard input, is what the user says next."""
     messages: list[dict[str, str]] = []
     for said in FLAGS.prompt or _lines():
@@ -154,7 +160,7 @@ def run_chat(model: Decoder, tokenizer: Tokenizer, sampling: Sampling) -> None:
             show(stream.feed(token))
             return stream.stopped is not None
 
-        generate(model, [Request(token_ids, sampling)], model.cfg.eos_token_id, on_token)
+        generate(model, [Request(token_ids, sampling)], eos_id, on_token)
         show(stream.flush())
         print()
         messages.append({"role": "assistant", "content": answer})
@@ -168,48 +174,49 @@ def _lines() -> Iterator[str]:
                 yield line
 
 
-def run_score(model: Decoder, requests: list[Prompt], output: IO[str] | None, logits_npz: str | None) -> None:
+def run_score(model: Decoder, requests: list[Prompt], output: IO[bytes] | None, logits_npz: IO[bytes] | None) -> None:
     """Writes a JSON line for each request: the log-probability of every token but the first, and minus their sum."""
-    logits = {}
-    for index, (request, scored) in enumerate(
-        zip(requests, score(model, [r.token_ids for r in requests], logits_npz is not None))
-    ):
+    arrays = zipfile.ZipFile(logits_npz, "w") if logits_npz else None
+    scores = score(model, [r.token_ids for r in requests], arrays is not None)
+    for index, (request, scored) in enumerate(zip(requests, scores)):
         logprobs = [float(x) for x in scored.logprobs]
-        print(json.dumps({"id": request.id, "logprobs": logprobs, "nll": -sum(logprobs)}), file=output)
-        if logits_npz:
-            logits[f"logits_{index}"] = scored.logits
-    if logits_npz:
-        with open(logits_npz, "wb") as file:
-            np.savez(file, **logits)
+        _line({"id": request.id, "logprobs": logprobs, "nll": -math.fsum(logprobs) + 0.0}, output)
+        if arrays:  # an .npz is a zip of .npy files; written one by one, it holds one request's logits at a time
+            with arrays.open(f"logits_{index}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, scored.logits)
+    if arrays:
+        arrays.close()
+
+
+def _line(record: dict[str, Any], output: IO[bytes] | None) -> None:
+    text = json.dumps(record, ensure_ascii=False) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write(text.encode())
 
 
 @contextlib.contextmanager
-def _fresh(path: str | None) -> Iterator[str | None]:
-    """A temporary file that takes the place of `path` only if all goes well."""
+def _fresh(flag: str) -> Iterator[IO[bytes] | None]:
+    """A file that takes the place of the flag's path only if all goes well; a device or pipe is written as it is."""
+    path = getattr(FLAGS, flag)
     if path is None:
         yield None
         return
-    partial = f"{path}.partial"
-    try:
-        open(partial, "wb").close()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
-
-
-@contextlib.contextmanager
-def _output() -> Iterator[IO[str] | None]:
-    with _fresh(FLAGS.output) as path:
-        if path is None:
-            yield None
-            return
-        with open(path, "w", encoding="utf-8") as file:
+    directory = os.path.dirname(os.path.abspath(path))
+    if not path or os.path.isdir(path) or not os.path.isdir(directory):
+        raise InputError(f"--{flag}={path}: expected a file in a directory that exists")
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
             yield file
+        return
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=os.path.basename(path), delete_on_close=False) as file:
+        yield file
+        file.close()
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(file.name, 0o666 & ~umask)  # a temporary file is its owner's alone
+        os.replace(file.name, path)
 
 
 if __name__ == "__main__":

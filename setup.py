@@ -15,6 +15,8 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "numpy>=2.1",
+        "ml_dtypes>=0.5",
+        "tensorstore>=0.1.70",
         "absl-py>=2.1",
         "safetensors>=0.5",
         "tokenizers>=0.21",

@@ -13,7 +13,8 @@ import jax
 from absl import flags
 
 from dsv2_jax import checkpoint, cli, convert, data, metrics, model, train_state
-from dsv2_jax.config import InputError, ModelConfig, TrainConfig, override, preset, train_preset
+from dsv2_jax.config import ModelConfig, TrainConfig, preset, train_preset
+from dsv2_jax.fields import InputError, override
 from dsv2_jax.tensor_files import read_json
 from dsv2_jax.tokenizer import Tokenizer
 from dsv2_jax.tokenizer import train as train_tokenizer
@@ -105,7 +106,9 @@ def prepare(run: Run) -> tuple[train_state.TrainState, data.Batches, checkpoint.
         seed=run.train.seed,
     )
     if not run.step:
-        params = model.load(run.weights, "float32") if run.weights else model.init(run.model, run.train.seed, "float32")
+        params = (
+            model.load(run.weights, "float32", run.model) if run.weights else model.init(run.model, run.train.seed, "float32")
+        )
         state = train_state.start(params, run.train)
         run.workdir.mkdir(parents=True, exist_ok=True)
         run.tokenizer.save(run.workdir)
@@ -113,7 +116,9 @@ def prepare(run: Run) -> tuple[train_state.TrainState, data.Batches, checkpoint.
     if run.step:
         state, place = checkpoints.restore(run.step, train_state.abstract(run.model, run.train))
         batches.set_state(place)
-    (run.workdir / "config.json").write_text(json.dumps(run.config, indent=2) + "\n")
+    temporary = run.workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(run.config, indent=2) + "\n")
+    temporary.replace(run.workdir / "config.json")
     return state, batches, checkpoints
 
 
@@ -150,11 +155,15 @@ def train(run: Run, steps: int) -> None:
         unlogged = None
         for step in range(run.step + 1, steps + 1):
             checkpoints.check()
+            last = step % config.checkpoint_every == 0 or step == steps
+            if last and unlogged:  # this step is waited for, so the one before must not share its time
+                log(*unlogged)
+                unlogged = None
             state, values = train_step(state, batch)
             if unlogged:
                 log(*unlogged)
             unlogged = (step, values)
-            if step % config.checkpoint_every == 0 or step == steps:
+            if last:
                 log(*unlogged)  # a step in a checkpoint is never run again
                 unlogged = None
                 checkpoints.save(state, batches.get_state())

@@ -24,6 +24,10 @@ def bench(model: Decoder, batches: Sequence[Sequence[Sequence[int]]], new_tokens
     The decode step is timed at the middle of the answer, greedy. "experts" is the number of distinct experts a layer reads in
     that step, the mean over layers: a router that sends all tokens to the same few experts flatters every figure.
     """
+    for prompts in batches:
+        if (longest := max(map(len, prompts))) + new_tokens > model.cfg.max_position_embeddings:
+            limit = model.cfg.max_position_embeddings
+            raise InputError(f"max_new_tokens is {new_tokens}, expected at most {limit - longest} after a prompt of {longest}")
     table = Table(
         "batch", "prompt", "prefill ms", "prompt tok/s", "decode ms/step", "new tok/s", "experts/layer", "cache B/token"
     )

@@ -19,10 +19,6 @@ class LatentCache(NamedTuple):
     c_kv_LBSC: jax.Array
     k_rope_LBSR: jax.Array
 
-    @property
-    def capacity(self) -> int:
-        return self.c_kv_LBSC.shape[-2]
-
 
 def empty(cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> LatentCache:
     """A cache of zeros; positions at or past a request's length are never read."""

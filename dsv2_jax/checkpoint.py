@@ -18,7 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from dsv2_jax.config import InputError, ModelConfig
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.fields import InputError
 from dsv2_jax.train_state import TrainState, arrays
 from dsv2_jax.weights import stacked_axes
 

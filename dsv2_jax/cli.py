@@ -7,7 +7,27 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
+
+HELP = {"--help", "-h", "--helpshort", "--helpfull"}
+# What a path or a disk of the user's may answer; any other error of the system is a bug.
+USERS = {
+    getattr(errno, name)
+    for name in [
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "EACCES",
+        "EPERM",
+        "EROFS",
+        "ENOTDIR",
+        "ENAMETOOLONG",
+        "EISDIR",
+        "ENOENT",
+        "ELOOP",
+        "EEXIST",
+    ]
+}
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
@@ -18,7 +38,10 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            rest = app.parse_flags_with_usage(argv) if "--help" in argv or "--helpfull" in argv else flags.FLAGS(argv)
+            rest = flags.FLAGS([argument for argument in argv if argument not in HELP])
+            if set(argv) & HELP:
+                app.usage(shorthelp=True)
+                sys.exit(0)
         except flags.Error as error:
             _leave(str(error))
         given = rest[1:]
@@ -39,7 +62,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         except BrokenPipeError:  # `| head`: the reader has gone, and nobody is left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno not in USERS or (error.filename is None and error.errno != errno.ENOSPC):
                 raise
             _leave(f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}")
 

@@ -1,21 +1,16 @@
-"""What is configured: the model (`ModelConfig`), the run (`TrainConfig`), their presets and overrides.
+"""What is configured: the model (`ModelConfig`), the run (`TrainConfig`), and their presets.
 
 Field names are those of the published config.json, so that a name found there can be used with `--set`. The presets equal
 the published configurations; `num_params` and `active_params` give the paper's counts to the digit (tests/test_config.py).
 """
 
 import dataclasses
-import difflib
 import functools
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-
-class InputError(ValueError):
-    """Bad input from the user: one clear line naming the thing, its value and what was expected; exit code 2."""
+from dsv2_jax.fields import InputError, check_types, field_types, nearest, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,13 +25,13 @@ class Yarn:
     mscale_all_dim: float = 0.0  # enters the softmax scale, squared
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self, "factor", self.factor >= 1, ">= 1")
-        _require(self, "original_max_position_embeddings", self.original_max_position_embeddings >= 1, ">= 1")
-        _require(self, "beta_fast", self.beta_fast > 0, "> 0")
-        _require(self, "beta_slow", 0 < self.beta_slow <= self.beta_fast, "in (0, beta_fast]")
-        _require(self, "mscale", self.mscale >= 0, ">= 0")
-        _require(self, "mscale_all_dim", self.mscale_all_dim >= 0, ">= 0")
+        check_types(self)
+        require(self, "factor", 1 <= self.factor <= 1e6, "in [1, 1e6]")
+        require(self, "original_max_position_embeddings", self.original_max_position_embeddings >= 1, ">= 1")
+        require(self, "beta_fast", self.beta_fast > 0, "> 0")
+        require(self, "beta_slow", 0 < self.beta_slow <= self.beta_fast, "in (0, beta_fast]")
+        require(self, "mscale", self.mscale >= 0, ">= 0")
+        require(self, "mscale_all_dim", self.mscale_all_dim >= 0, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,33 +70,34 @@ class ModelConfig:
     eos_token_id: int | None = 100001
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name, kinds in _field_types(ModelConfig).items():
+        check_types(self)
+        for name, kinds in field_types(ModelConfig).items():
             if kinds == (int,) and name != "first_k_dense_replace":
-                _require(self, name, 1 <= getattr(self, name) < 2**31, "in [1, 2147483647]")
+                require(self, name, 1 <= getattr(self, name) < 2**31, "in [1, 2147483647]")
         for name in ("q_lora_rank", "n_routed_experts", "n_shared_experts"):
             value = getattr(self, name)
-            _require(self, name, value is None or 1 <= value < 2**31, "null or in [1, 2147483647]")
-        _require(self, "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even (rotary pairs)")
-        _require(self, "first_k_dense_replace", self.first_k_dense_replace >= 0, ">= 0")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
-            _require(self, name, 0 < getattr(self, name) < math.inf, "a finite number > 0")
+            require(self, name, value is None or 1 <= value < 2**31, "null or in [1, 2147483647]")
+        require(self, "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even (rotary pairs)")
+        require(self, "first_k_dense_replace", self.first_k_dense_replace >= 0, ">= 0")
+        require(self, "rope_theta", self.rope_theta > 1, "> 1")
+        for name in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+            require(self, name, 0 < getattr(self, name) < math.inf, "a finite number > 0")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            _require(self, name, value is None or value >= 0, "null or >= 0")  # re-saved small models keep the large ids
-        _require(self, "topk_method", self.topk_method in ("greedy", "group_limited_greedy"), "greedy or group_limited_greedy")
+            require(self, name, value is None or value >= 0, "null or >= 0")  # re-saved small models keep the large ids
+        require(self, "topk_method", self.topk_method in ("greedy", "group_limited_greedy"), "greedy or group_limited_greedy")
         if self.n_routed_experts is not None:
-            _require(
+            require(
                 self,
                 "n_group",
                 self.n_routed_experts % self.n_group == 0,
                 f"a divisor of n_routed_experts={self.n_routed_experts}",
             )
-            _require(self, "topk_group", self.topk_group <= self.n_group, f"<= n_group={self.n_group}")
+            require(self, "topk_group", self.topk_group <= self.n_group, f"<= n_group={self.n_group}")
             reachable = self.n_routed_experts
             if self.topk_method == "group_limited_greedy":
                 reachable = self.n_routed_experts // self.n_group * self.topk_group
-            _require(
+            require(
                 self,
                 "num_experts_per_tok",
                 self.num_experts_per_tok <= reachable,
@@ -282,18 +278,19 @@ class TrainConfig:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("batch_size", "seq_len", "schedule_steps", "checkpoint_every", "keep_checkpoints", "log_every"):
-            _require(self, name, 1 <= getattr(self, name) < 2**31, "in [1, 2147483647]")
+            require(self, name, 1 <= getattr(self, name) < 2**31, "in [1, 2147483647]")
         for name in ("learning_rate", "decay_factor", "epsilon", "clip_norm"):
-            _require(self, name, getattr(self, name) > 0, "> 0")
-        for name in ("seed", "warmup_steps", "weight_decay", "expert_balance"):
-            _require(self, name, getattr(self, name) >= 0, ">= 0")
+            require(self, name, getattr(self, name) > 0, "> 0")
+        require(self, "seed", 0 <= self.seed < 2**32, "in [0, 4294967295]")
+        for name in ("warmup_steps", "weight_decay", "expert_balance"):
+            require(self, name, getattr(self, name) >= 0, ">= 0")
         for name in ("beta1", "beta2"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        _require(self, "first_decay", 0 <= self.first_decay <= self.second_decay, "in [0, second_decay]")
-        _require(self, "dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
-        _require(self, "remat", self.remat in ("none", "full"), "none or full")
+            require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        require(self, "first_decay", 0 <= self.first_decay <= self.second_decay, "in [0, second_decay]")
+        require(self, "dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
+        require(self, "remat", self.remat in ("none", "full"), "none or full")
 
 
 def v2() -> ModelConfig:
@@ -382,92 +379,3 @@ def train_preset(name: str) -> TrainConfig:
     tiny = {"dtype": "float32", "batch_size": 16, "seq_len": 128, "learning_rate": 6e-3, "warmup_steps": 30}
     tiny |= {"schedule_steps": 300, "remat": "none", "checkpoint_every": 50}
     return TrainConfig(**{"v2": {}, "v2_lite": lite, "tiny": tiny}[name])
-
-
-# -- overrides
-
-
-def override(configs: Iterable[Any], assignments: Iterable[str]) -> list[Any]:
-    """Applies `FIELD=VALUE` strings to the dataclasses that have the field, typed by its annotation.
-
-    A field of a nested dataclass is reached with a dot: `rope_scaling.factor=40`. `null` or `none` gives None.
-
-    Raises:
-        InputError: unknown field (with the nearest name), unreadable value, or a value the dataclass refuses.
-    """
-    configs = list(configs)
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment}: expected FIELD=VALUE")
-        owner = next((i for i, c in enumerate(configs) if name.split(".")[0] in _field_types(type(c))), None)
-        if owner is None:
-            names = [n for c in configs for n in _field_types(type(c))]
-            raise InputError(f"--set {assignment}: unknown field {name!r}{nearest(name, names)}")
-        configs[owner] = _replace_field(configs[owner], name, text)
-    return configs
-
-
-def _replace_field(config: Any, name: str, text: str) -> Any:
-    head, _, rest = name.partition(".")
-    if rest:
-        inner = getattr(config, head)
-        if not dataclasses.is_dataclass(inner) or rest not in _field_types(type(inner)):
-            names = _field_types(type(inner)) if dataclasses.is_dataclass(inner) else ()
-            raise InputError(f"--set {name}={text}: {head} has no field {rest!r}{nearest(rest, names)}")
-        return dataclasses.replace(config, **{head: _replace_field(inner, rest, text)})
-    return dataclasses.replace(config, **{head: _parse(name, text, _field_types(type(config))[head])})
-
-
-def _parse(name: str, text: str, allowed: tuple[type, ...]) -> Any:
-    if type(None) in allowed and text.lower() in ("null", "none"):
-        return None
-    if bool in allowed and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        if kind in allowed:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    if str in allowed:
-        return text
-    raise InputError(f"--set {name}={text}: expected {_describe(allowed)}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-# -- validation
-
-
-@functools.cache
-def _field_types(cls: type) -> dict[str, tuple[type, ...]]:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    return {n: typing.get_args(h) if isinstance(h, types.UnionType) else (h,) for n, h in fields.items()}
-
-
-def _describe(allowed: tuple[type, ...]) -> str:
-    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-
-
-def _check_types(config: Any) -> None:
-    """Refuses wrong types and makes ints of float fields into floats. JSON has no other slack."""
-    for name, allowed in _field_types(type(config)).items():
-        value = getattr(config, name)
-        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, name, float(value))
-        elif not any(type(value) is kind for kind in allowed):
-            raise InputError(
-                f"{type(config).__name__}.{name} is {value!r} ({type(value).__name__}), expected {_describe(allowed)}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{type(config).__name__}.{name} is {value!r}, expected a finite number")
-
-
-def _require(config: Any, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}, expected {expected}")

@@ -25,7 +25,8 @@ import rich.progress
 from absl import flags
 
 from dsv2_jax import cli
-from dsv2_jax.config import InputError, ModelConfig
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.fields import InputError
 from dsv2_jax.tensor_files import DTYPES, copy, create_tensors, read_json, read_tensors
 from dsv2_jax.weights import (
     MANIFEST,

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.tokenizer import Tokenizer
 
 PIECE_BYTES = 1 << 20  # a text file longer than this is read as consecutive pieces, so that one huge file shuffles and streams
+SHUFFLED_ROWS = 1024  # rows that are mixed with one another; to restore a position they are read again
 TOKENIZE_THREADS = min(8, os.cpu_count() or 1)
 # Directories of the standard library that hold no prose or code worth learning from.
 SKIPPED = {"__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
@@ -258,9 +259,11 @@ def make_dataset(
         if repeat:
             dataset = dataset.seed(seed).shuffle().repeat()
         options = grain.ReadOptions(num_threads=TOKENIZE_THREADS, prefetch_buffer_size=2 * TOKENIZE_THREADS)
-        return grain.experimental.ConcatThenSplitIterDataset(
+        rows = grain.experimental.ConcatThenSplitIterDataset(
             dataset.map(tokenize).to_iter_dataset(options), length_struct={"tokens": seq_len, "targets": seq_len}
         )
+        # Else a batch is consecutive rows of one or two documents, and the loss follows the document.
+        return grain.experimental.WindowShuffleIterDataset(rows, window_size=SHUFFLED_ROWS, seed=seed) if repeat else rows
 
     share = batch_size // process_count
 

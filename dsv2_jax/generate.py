@@ -15,7 +15,8 @@ import numpy as np
 
 from dsv2_jax import cache as latent_cache
 from dsv2_jax.cache import LatentCache
-from dsv2_jax.config import InputError, ModelConfig
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.fields import InputError
 from dsv2_jax.loss import log_probs
 from dsv2_jax.model import Decoder, from_zero
 from dsv2_jax.sampling import Sampling, SamplingArrays, sample, to_arrays

@@ -1,4 +1,4 @@
-"""Cross-entropy in float32 with bounded memory, and the training objective.
+"""Log-probabilities in float32 with bounded memory.
 
 Letters: B batch, T positions, D model, V vocabulary.
 """

@@ -15,7 +15,8 @@ import jax
 import rich.console
 import rich.progress
 
-from dsv2_jax.config import InputError, ModelConfig
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.fields import InputError
 
 FILE = "metrics.jsonl"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a device, dense bfloat16
@@ -32,12 +33,13 @@ def read(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected the metrics of a training run")
-    lines = path.read_text().split("\n")
+    lines = path.read_text(errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             records.append(json.loads(line))
-            records[-1]["step"]
+            if type(records[-1]["step"]) is not int:
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}:{number}: {line[:40]!r}, expected a JSON object with a step") from None
     return records

@@ -20,7 +20,7 @@ from dsv2_jax.config import ModelConfig
 from dsv2_jax.mla import MLA, Context, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
 from dsv2_jax.rope import cos_sin
-from dsv2_jax.weights import Weights
+from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
 from sharding import specs
 
@@ -141,19 +141,17 @@ def abstract(cfg: ModelConfig, dtype: jnp.dtype) -> Decoder:
     return jax.eval_shape(lambda key: Decoder(cfg, nnx.Rngs(params=key), dtype), jax.random.key(0))
 
 
-def load(weights: Weights, dtype: str) -> Decoder:
-    """The model of a checkpoint on the current mesh, cast to `dtype`; each device reads its own part."""
-    return weights_onto(weights, abstract(weights.config, jnp.dtype(dtype)))
+def load(weights: Weights, dtype: str, cfg: ModelConfig | None = None) -> Decoder:
+    """The model of a checkpoint on the current mesh, cast to `dtype`; each device reads its own part.
+
+    `cfg` (default: the checkpoint's own) may differ in what is not a shape; InputError lists every parameter that does not fit.
+    """
+    return weights_onto(weights, abstract(cfg or weights.config, jnp.dtype(dtype)))
 
 
 def parameters(model: Decoder) -> dict[str, Any]:
     """The leaves by dotted name, as in `moe.attn.w_dkv`."""
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(model)}
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """`moe.attn.w_dkv` of a leaf's key path in a Decoder."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def from_zero(tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

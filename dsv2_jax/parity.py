@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from dsv2_jax import cli, convert, generate, model
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.parity_reference import FAMILIES
 from sharding.mesh import make_mesh
 

@@ -1,13 +1,13 @@
 """What the user asks for: prompts from flags or JSONL lines, checked, as token ids with their sampling."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv2_jax.config import InputError, nearest
+from dsv2_jax.fields import InputError, nearest
 from dsv2_jax.sampling import Sampling
+from dsv2_jax.tensor_files import strict_json
 from dsv2_jax.tokenizer import Tokenizer
 
 KINDS = ("prompt", "token_ids", "messages")
@@ -37,23 +37,21 @@ def from_jsonl(path: str, tokenizer: Tokenizer | None, sampling: Sampling) -> li
         InputError: with the file and the number of the first bad line.
     """
     try:
-        lines = Path(path).read_bytes().decode().splitlines()
+        lines = Path(path).read_bytes().decode().removesuffix("\n").split("\n")  # not splitlines: JSON may hold U+2028
     except UnicodeDecodeError as error:
         raise InputError(f"--input={path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise InputError(f"--input={path}: {error.strerror}") from None
-    if not lines:
+    if lines == [""]:
         raise InputError(f"--input={path}: is empty, expected one JSON object a line")
     return [_from_line(f"{path} line {number}", number - 1, line, tokenizer, sampling) for number, line in enumerate(lines, 1)]
 
 
 def _from_line(name: str, index: int, line: str, tokenizer: Tokenizer | None, sampling: Sampling) -> Prompt:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        raise InputError(f"{name}: {line[:60]!r} is not JSON, expected one object a line") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{name}: expected a JSON object, got {line[:60]!r}")
+        fields = strict_json(line.encode(), name)
+    except InputError as error:
+        raise InputError(f"{error}: {line[:60]!r}") from None
     for key in fields:
         if key not in (*KINDS, "id", *SAMPLING_FIELDS):
             raise InputError(f"{name}: unknown key {key!r}{nearest(key, (*KINDS, 'id', *SAMPLING_FIELDS))}")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.loss import pick
 
 

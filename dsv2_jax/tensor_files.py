@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 
 DTYPES = {
     "F64": np.dtype(np.float64),

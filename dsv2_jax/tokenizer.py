@@ -15,7 +15,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 
 # As published, with fullwidth bars and U+2581: their ASCII look-alikes do not match.
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"

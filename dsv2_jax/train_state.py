@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from dsv2_jax import model
 from dsv2_jax.config import ModelConfig, TrainConfig
 from dsv2_jax.loss import log_probs
-from dsv2_jax.model import Decoder, path_name
+from dsv2_jax.model import Decoder
+from dsv2_jax.weights import path_name
 from sharding import specs
 
 Batch = dict[str, jax.Array]
@@ -71,11 +72,6 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def cast(params: Decoder, dtype: jnp.dtype) -> Decoder:
-    """The parameters in the compute dtype; the routers' stay float32, as routing is computed in it."""
-    return jax.tree.map_with_path(lambda path, w: w if path_name(path).endswith("w_router") else w.astype(dtype), params)
-
-
 def objective(params: Decoder, batch: Batch, config: TrainConfig) -> tuple[jax.Array, Metrics]:
     """What is minimised, float32 [], and its parts by name.
 
@@ -83,7 +79,7 @@ def objective(params: Decoder, batch: Batch, config: TrainConfig) -> tuple[jax.A
     over MoE layers of eq. 23's loss, so 1 * alpha_1 for each perfectly balanced layer. moe/max_load is the fullest expert's
     load over a fair one's, the largest of all layers.
     """
-    decoder = cast(params, jnp.dtype(config.dtype))
+    decoder = jax.tree.map(lambda w: w.astype(config.dtype), params)  # all of them: what is trained is what is exported
     hidden_BTD, _, stats = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], remat=config.remat == "full")
     mask_BT = batch["loss_mask"]
     lm = -(log_probs(decoder, hidden_BTD, batch["targets"]) * mask_BT).sum() / jnp.maximum(mask_BT.sum(), 1.0)

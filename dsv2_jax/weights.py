@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
-from dsv2_jax.config import InputError, ModelConfig
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.fields import InputError
 from dsv2_jax.tensor_files import copy, create_tensors, read_json, read_tensors
 
 FORMAT = 1
@@ -60,7 +61,11 @@ class NativeWeights:
             if set(tensors) != {path} or _describe(tensors[path].shape, tensors[path].dtype) != stated:
                 held = {name: _describe(x.shape, x.dtype) for name, x in tensors.items()}
                 raise InputError(f"{file}: holds {held}, {MANIFEST} says {path}: {stated}")
+            if tensors[path].dtype.name not in ("bfloat16", "float16", "float32"):
+                raise InputError(f"{file}: {path} is {tensors[path].dtype}, expected bfloat16, float16 or float32")
             self._arrays[path] = tensors[path]
+        if not self._arrays:
+            raise InputError(f"{self.directory}/{MANIFEST}: parameters is empty, expected at least one")
         self.shapes = {path: (array.shape, array.dtype) for path, array in self._arrays.items()}
         self.dtype = main_dtype(self.shapes)
 
@@ -99,7 +104,7 @@ def load(weights: Weights, abstract: Any) -> Any:
         InputError: parameters are missing, unexpected or of another shape; all are listed.
     """
     leaves, tree = jax.tree.flatten_with_path(abstract)
-    wanted = {jax.tree_util.keystr(key, simple=True, separator=".").removesuffix(".value"): leaf for key, leaf in leaves}
+    wanted = {path_name(key): leaf for key, leaf in leaves}
     shapes = {path: shape for path, (shape, _) in weights.shapes.items()}
     refuse_mismatch(
         f"{weights.directory}: the checkpoint does not match the model",
@@ -139,6 +144,11 @@ def _cast(weights: Weights, path: str, index: tuple[slice, ...], dtype: np.dtype
         for row, layer in enumerate(range(weights.shapes[path][0][0])[index[0]]):
             copy(array[row], weights.read(path, (layer, *index[1:])))
     return array
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`moe.attn.w_dkv` of a leaf's key path in a module."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def stacked_axes(path: str) -> int:
@@ -182,8 +192,8 @@ def new_directory(path: Path, room: int) -> Iterator[Path]:
         except BlockingIOError:
             raise InputError(f"{path}: another conversion is writing it") from None
         for stale in list(partial.iterdir()):  # of a conversion that was killed
-            if stale.is_dir() and not stale.is_symlink():
-                raise InputError(f"{stale}: expected to be no directory; remove {partial} if it is not needed")
+            if stale.is_dir() or not (stale.suffix in (".safetensors", ".json", ".jinja") or stale.name.startswith("LICENSE")):
+                raise InputError(f"{stale}: not of an interrupted conversion; remove {partial} if it is not needed")
             stale.unlink()
         try:
             if (free := shutil.disk_usage(partial).free) < room:
@@ -207,9 +217,9 @@ def _sync(path: Path) -> None:
 
 
 def refuse_mismatch(what: str, problems: Mapping[str, Iterable[str]]) -> None:
-    """Raises one InputError that lists every kind of problem, if there is any: eight names of each and the count of the rest."""
+    """Raises one InputError that lists every kind of problem, if there is any: all names of each."""
     lists = [(kind, sorted(names)) for kind, names in problems.items()]
-    parts = [f"{kind}: {', '.join(n[:8])}{f' and {len(n) - 8} more' if len(n) > 8 else ''}" for kind, n in lists if n]
+    parts = [f"{kind}: {', '.join(names)}" for kind, names in lists if names]
     if parts:
         raise InputError(f"{what}; " + "; ".join(parts))
 

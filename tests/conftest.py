@@ -25,7 +25,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-from sharding.mesh import make_mesh  # noqa: E402  (after the settings above)
+from sharding.mesh import make_mesh
 
 
 @pytest.fixture(autouse=True)

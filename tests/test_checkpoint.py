@@ -14,7 +14,7 @@ from training_cases import MODEL, TRAIN, batch, new_state, numpy
 
 from dsv2_jax import checkpoint, convert, model, train_state
 from dsv2_jax.checkpoint import Checkpoints, WorkdirWeights
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.train_state import TrainState
 from sharding.mesh import make_mesh
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from dsv2_jax import config
-from dsv2_jax.config import InputError, ModelConfig
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.fields import InputError, override
 
 # config.json of DeepSeek-V2 and what V2-Lite changes, as published (spec section 1.1).
 V2 = {
@@ -114,9 +115,7 @@ def test_missing_fields_are_listed():
 
 
 def test_overrides():
-    (cfg,) = config.override(
-        [config.v2()], ["num_hidden_layers=3", "q_lora_rank=null", "rope_scaling.factor=8", "norm_topk_prob=true"]
-    )
+    (cfg,) = override([config.v2()], ["num_hidden_layers=3", "q_lora_rank=null", "rope_scaling.factor=8", "norm_topk_prob=true"])
     assert (cfg.num_hidden_layers, cfg.q_lora_rank, cfg.rope_scaling.factor, cfg.norm_topk_prob) == (3, None, 8.0, True)
 
 
@@ -135,7 +134,7 @@ def test_overrides():
 )
 def test_bad_overrides_are_refused(assignment, told):
     with pytest.raises(InputError, match=told):
-        config.override([config.v2()], [assignment])
+        override([config.v2()], [assignment])
 
 
 def test_unknown_preset_names_the_nearest():

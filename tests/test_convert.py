@@ -17,8 +17,9 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from dsv2_jax.config import PRESETS, InputError, ModelConfig, Yarn, tiny
+from dsv2_jax.config import PRESETS, ModelConfig, Yarn, tiny
 from dsv2_jax.convert import convert, hf_config, layout, open_checkpoint
+from dsv2_jax.fields import InputError
 from dsv2_jax.tensor_files import copy
 from dsv2_jax.weights import new_directory
 

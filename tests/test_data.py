@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 
 from dsv2_jax import data as data_lib
-from dsv2_jax.config import InputError
 from dsv2_jax.data import Documents, find, make_dataset, sample, standard_library
+from dsv2_jax.fields import InputError
 from dsv2_jax.tokenizer import SMALLEST_VOCABULARY, train
 
 T = 16
 # Bytes of each document. With a token a byte, BOS and EOS, a document of n bytes has n + 1 inputs: 15 and 31 end with a row.
 LENGTHS = [15, 15, 3, 0, 40, 7, 31, 1, 100, 16, 14, 64]
+
+
+@pytest.fixture(autouse=True)
+def small_window(monkeypatch):
+    monkeypatch.setattr(data_lib, "SHUFFLED_ROWS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,8 @@ def test_shapes_positions_segments_and_padding(files, tokenizer):
     assert tokenizer.eos_id not in rows["tokens"] and tokenizer.bos_id not in rows["targets"][rows["loss_mask"] > 0]
 
 
-def test_each_epoch_is_a_new_order_of_all_documents(files, tokenizer, texts):
+def test_each_epoch_is_a_new_order_of_all_documents(files, tokenizer, texts, monkeypatch):
+    monkeypatch.setattr(data_lib, "SHUFFLED_ROWS", 1)  # documents are put together again from consecutive rows
     rows_per_epoch = sum(n + 1 for n in LENGTHS) / T
     found = documents_of(take(batches(files, tokenizer), int(3 * rows_per_epoch / 4) + 1), tokenizer.bos_id)
     expected = expected_documents(tokenizer, texts)

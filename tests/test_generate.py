@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv2_jax import config, generate, model
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.generate import Request
 from dsv2_jax.sampling import Sampling
 from sharding.mesh import make_mesh

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dsv2_jax import config, generate, model, tokenizer
-from dsv2_jax.config import InputError
 from dsv2_jax.convert import open_checkpoint
+from dsv2_jax.fields import InputError
 from dsv2_jax.generate import check_tokens
 from dsv2_jax.prompts import from_jsonl
 from dsv2_jax.sampling import Sampling
@@ -96,12 +96,12 @@ def test_score_and_logits(checkpoint, loaded, tmp_path):
         assert line["nll"] == pytest.approx(-sum(line["logprobs"]))
 
 
-def test_streamed_text_and_stop_strings_equal_the_collected(checkpoint):
+def test_a_stop_string_ends_the_text_before_it(checkpoint):
     free = infer(checkpoint, "--prompt=the", "--max_new_tokens=12", "--ignore_eos")
     assert free.returncode == 0, free.stderr
-    stop = free.stdout[3:5]
-    stopped = infer(checkpoint, "--prompt=the", "--max_new_tokens=12", "--ignore_eos", f"--stop={stop}")
-    assert stopped.stdout == free.stdout[: free.stdout.index(stop)] + "\n"
+    text = json.loads(free.stdout)["text"]
+    stopped = json.loads(infer(checkpoint, "--prompt=the", "--max_new_tokens=12", "--ignore_eos", f"--stop={text[3:5]}").stdout)
+    assert (stopped["text"], stopped["finish_reason"]) == (text[: text.index(text[3:5])], "stop")
 
 
 def test_chat_keeps_the_conversation(checkpoint):
@@ -130,9 +130,11 @@ def test_bench_prints_its_table(checkpoint, tmp_path):
         ('{"id": 3}', "expected exactly one of"),
         ('{"token_ids": "x"}', "expected a list of integers"),
         ('{"messages": [{"role": "wizard", "content": "x"}]}', "in.jsonl line 2"),
-        ("{", "in.jsonl line 2: '{' is not JSON"),
-        ("", "in.jsonl line 2: '' is not JSON"),
-        ("[1]", "in.jsonl line 2: expected a JSON object"),
+        ("{", "in.jsonl line 2: not valid JSON"),
+        ("", "in.jsonl line 2: not valid JSON"),
+        ("[1]", "in.jsonl line 2: a JSON list, expected an object"),
+        ('{"token_ids": [1], "id": NaN}', "NaN is not an accepted number"),
+        ('{"token_ids": [1], "token_ids": [2]}', "'token_ids' stands twice"),
         (json.dumps({"token_ids": [1] * 2048}), "the prompt has 2048 tokens, expected at most 2047"),
     ],
 )
@@ -153,3 +155,15 @@ def test_nothing_is_written_when_a_line_is_bad(checkpoint, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "line 2" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text() == "what was there"
+
+
+@pytest.mark.parametrize("output", ["", ".", "missing/out.jsonl"])
+def test_an_impossible_output_is_refused_before_any_work(checkpoint, output):
+    done = infer(checkpoint, "--prompt=x", f"--output={output}")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --output={output}: expected a file")
+
+
+def test_a_line_may_hold_any_character(checkpoint, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a\u2028b\x85c"}\n')
+    done = infer(checkpoint, f"--input={tmp_path / 'in.jsonl'}", "--max_new_tokens=1", "--output=/dev/stdout")
+    assert done.returncode == 0 and json.loads(done.stdout)["prompt"] == "a\u2028b\x85c"

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from dsv2_jax import metrics
-from dsv2_jax.config import InputError, v2_lite
+from dsv2_jax.config import v2_lite
+from dsv2_jax.fields import InputError
 from dsv2_jax.metrics import MetricsFile
 
 

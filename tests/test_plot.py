@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.metrics import FILE, MetricsFile
 from dsv2_jax.plot import plot
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.sampling import Sampling, sample, to_arrays
 
 PROBS_V = np.array([0.4, 0.05, 0.3, 0.25])

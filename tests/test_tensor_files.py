@@ -11,7 +11,7 @@ import pytest
 import safetensors
 from safetensors.numpy import save
 
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.tensor_files import DTYPES, copy, create_tensors, read_json, read_tensors
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_jax import tokenizer as tokenizer_lib
-from dsv2_jax.config import InputError
+from dsv2_jax.fields import InputError
 from dsv2_jax.tokenizer import BOS, EOS, TextStream, Tokenizer, train
 
 TEXT = "def hello(world):\n    return 'Hello, world!' + str(1234)\n\n# größer, Привет, 你好世界 😀\n" * 30

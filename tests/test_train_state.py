@@ -10,7 +10,8 @@ import pytest
 from training_cases import MODEL, TRAIN, batch, new_state, numpy
 
 from dsv2_jax import model, train_state
-from dsv2_jax.config import InputError, TrainConfig, override, tiny, train_preset
+from dsv2_jax.config import TrainConfig, tiny, train_preset
+from dsv2_jax.fields import InputError, override
 from sharding.mesh import make_mesh
 
 

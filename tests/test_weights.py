@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv2_jax.config import InputError, tiny
+from dsv2_jax.config import tiny
+from dsv2_jax.fields import InputError
 from dsv2_jax.weights import NativeWeights, load, main_dtype, write_native
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)

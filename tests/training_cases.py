@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from dsv2_jax import model, train_state
-from dsv2_jax.config import TrainConfig, override, tiny, train_preset
+from dsv2_jax.config import TrainConfig, tiny, train_preset
+from dsv2_jax.fields import override
 from dsv2_jax.train_state import TrainState
 from sharding.mesh import make_mesh
 

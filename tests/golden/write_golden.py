@@ -11,7 +11,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from dsv2_jax import parity_reference as reference  # noqa: E402
+from dsv2_jax import parity_reference as reference
 
 CHECKPOINTS = ("v2", "esft", "unequal_mscale", "norm_topk_prob", "moe_layer_freq", "no_shared_experts")
 LENGTHS = (2, 131)  # the original window is 64 tokens
