@@ -23,8 +23,10 @@ demo: $(VENV)
 	$(PY) train.py --preset=tiny --workdir=demo/run
 	$(PY) -m dsv2_jax.plot demo/run
 	$(PY) -m dsv2_jax.convert --input=demo/run --output=demo/huggingface --to=hf
+	$(PY) infer.py --checkpoint=demo/huggingface --mode=generate --prompt='def __init__(self' --max_new_tokens=96 --temperature=0.5 \
+	  --output=demo/answer.jsonl
 	@printf '\n-- loaded from demo/huggingface, the model continues "def __init__(self":\n\n'
-	$(PY) infer.py --checkpoint=demo/huggingface --mode=generate --prompt='def __init__(self' --max_new_tokens=96 --temperature=0.5
+	@$(PY) -c 'import json; answer = json.load(open("demo/answer.jsonl")); print(answer["prompt"] + answer["text"])'
 	@printf '\n-- what lies where\n'
 	@echo 'demo/run/checkpoints      training state; run the train.py line again with a higher --steps to go on'
 	@echo 'demo/run/metrics.jsonl    a line a step'

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dsv2_jax import cache as latent_cache
 from dsv2_jax import generate
+from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
 
 REPEATS = 7

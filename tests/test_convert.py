@@ -571,7 +571,7 @@ def test_the_output_must_be_new(tmp_path):
     with pytest.raises(InputError, match="a file is in the way"):
         convert(source, tmp_path / "file" / "out", "native")
     (tmp_path / "new.partial" / "mine").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"new\.partial/mine: expected to be no directory"):
+    with pytest.raises(InputError, match=r"new\.partial/mine: not of an interrupted conversion"):
         convert(source, tmp_path / "new", "native")
     assert (tmp_path / "new.partial" / "mine").is_dir()
 
