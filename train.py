@@ -13,7 +13,7 @@ import jax
 from absl import flags
 
 from dsv2_jax import checkpoint, cli, convert, data, metrics, model, train_state
-from dsv2_jax.config import ModelConfig, TrainConfig, preset, train_preset
+from dsv2_jax.config import ModelConfig, TrainConfig, finetuning, preset, train_preset
 from dsv2_jax.fields import InputError, override
 from dsv2_jax.tensor_files import read_json
 from dsv2_jax.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def resolve() -> Run:
     if not weights and not PRESET.value:
         raise InputError("--preset or --init_from is needed, to say what to train")
     model_config = weights.config if weights else preset(PRESET.value)
-    train_config = train_preset(PRESET.value) if PRESET.value else TrainConfig()
+    train_config = train_preset(PRESET.value) if PRESET.value else finetuning()
     seed = [] if SEED.value is None else [f"seed={SEED.value}"]
     model_config, train_config = override([model_config, train_config], SET.value + seed)
     if train_config.seq_len > model_config.max_position_embeddings:

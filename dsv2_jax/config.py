@@ -379,3 +379,9 @@ def train_preset(name: str) -> TrainConfig:
     tiny = {"dtype": "float32", "batch_size": 16, "seq_len": 128, "learning_rate": 6e-3, "warmup_steps": 30}
     tiny |= {"schedule_steps": 300, "remat": "none", "checkpoint_every": 50}
     return TrainConfig(**{"v2": {}, "v2_lite": lite, "tiny": tiny}[name])
+
+
+def finetuning() -> TrainConfig:
+    """How training goes on from a checkpoint: the paper's rate (section 4.1) held constant, at a batch that one machine runs."""
+    constant = {"first_decay": 1.0, "second_decay": 1.0}
+    return TrainConfig(batch_size=8, learning_rate=5e-6, warmup_steps=20, schedule_steps=1000, checkpoint_every=100, **constant)

@@ -415,7 +415,10 @@ BAD = {
         ),
         f"missing: {GATE}; unexpected: extra; wrong shape: model.norm.weight is [3], expected [24]",
     ),
-    "many": (spoil_tensors(lambda t: [t.pop(n) for n in list(t) if ".experts." in n and ".2." in n]), "model.layers.2.mlp.experts.2.up_proj.weight"),
+    "many": (
+        spoil_tensors(lambda t: [t.pop(n) for n in list(t) if ".experts." in n and ".2." in n]),
+        "model.layers.2.mlp.experts.2.up_proj.weight",
+    ),
     "unexpected": (spoil_tensors(lambda t: t.update(extra=np.zeros(2, BF16))), "unexpected: extra"),
     "bias": (spoil_tensors(lambda t: t.update({"lm_head.bias": np.zeros(48, BF16)})), "unexpected: lm_head.bias"),
     "renamed": (
