@@ -167,3 +167,11 @@ def test_a_line_may_hold_any_character(checkpoint, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a\u2028b\x85c"}\n')
     done = infer(checkpoint, f"--input={tmp_path / 'in.jsonl'}", "--max_new_tokens=1", "--output=/dev/stdout")
     assert done.returncode == 0 and json.loads(done.stdout)["prompt"] == "a\u2028b\x85c"
+
+
+def test_a_model_may_be_loaded_with_other_settings_but_not_other_shapes(checkpoint, loaded):
+    weights, ids = open_checkpoint(checkpoint), np.array([[5, 6, 7]], np.int32)
+    louder = model.load(weights, "float32", dataclasses.replace(CFG, routed_scaling_factor=64.0))
+    assert np.abs(np.asarray(model.trace(louder, ids).logits - model.trace(loaded, ids).logits)).max() > 0.1
+    with pytest.raises(InputError, match="wrong shape: .*embed is "):
+        model.load(weights, "float32", dataclasses.replace(CFG, hidden_size=64))
