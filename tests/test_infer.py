@@ -173,5 +173,5 @@ def test_a_model_may_be_loaded_with_other_settings_but_not_other_shapes(checkpoi
     weights, ids = open_checkpoint(checkpoint), np.array([[5, 6, 7]], np.int32)
     louder = model.load(weights, "float32", dataclasses.replace(CFG, routed_scaling_factor=64.0))
     assert np.abs(np.asarray(model.trace(louder, ids).logits - model.trace(loaded, ids).logits)).max() > 0.1
-    with pytest.raises(InputError, match="wrong shape: .*embed is "):
+    with pytest.raises(InputError, match=r"wrong shape: .*embed is "):
         model.load(weights, "float32", dataclasses.replace(CFG, hidden_size=64))
