@@ -224,8 +224,8 @@ def make_dataset(
     """Batches of packed documents, tokenized in background threads.
 
     A document is BOS, text, EOS; its tokens but the last are inputs, its tokens but the first their targets. Documents follow
-    one another without padding; one that does not fit continues in the next row as a segment of its own. Weights are shares
-    of rows (to within a percent, as grain rounds them).
+    one another without padding; one that does not fit continues in the next row as a segment of its own. Rows are shuffled
+    among SHUFFLED_ROWS neighbours. Weights are shares of rows (to within a percent, as grain rounds them).
 
     Args:
         data: `--data` items, see `find`.
