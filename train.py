@@ -1,35 +1,55 @@
 """Trains DeepSeek-V2: `python train.py --preset=tiny --workdir=DIR`. Run again, it goes on from its latest checkpoint.
 
-Writes DIR/config.json (the resolved configuration), DIR/metrics.jsonl, DIR/checkpoints/ and the tokenizer's files.
+Writes DIR/config.json (the resolved configuration), DIR/metrics.jsonl, DIR/checkpoints/ and the tokenizer's files. On many hosts
+the same line runs in every process; process 0 alone prints.
 """
 
 import dataclasses
+import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 
-from dsv2_jax import checkpoint, cli, convert, data, metrics, model, train_state
+from dsv2_jax import checkpoint, cli, convert, data, metrics, train_state
 from dsv2_jax.config import ModelConfig, TrainConfig, finetuning, preset, train_preset
 from dsv2_jax.fields import InputError, override
+from dsv2_jax.router import reach
+from dsv2_jax.signals import StopRequest
 from dsv2_jax.tensor_files import read_json
 from dsv2_jax.tokenizer import Tokenizer
 from dsv2_jax.tokenizer import train as train_tokenizer
 from dsv2_jax.weights import Weights
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, parse_mesh, start_processes
 
 PRESET = flags.DEFINE_string("preset", None, "tiny, v2_lite or v2: the model and how to train it; with --init_from the latter.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+RECIPE = flags.DEFINE_string("recipe", None, "v2 or v2_lite: train as the paper did; default: the preset's.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 STEPS = flags.DEFINE_integer("steps", None, "Steps in total; default: the schedule's.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", None, "Of the initial weights and of the data's order.")
+SEED = flags.DEFINE_integer("seed", None, "Of the initial weights, of the data's order and of what is exempt from dropping.")
 SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE, any field of the model's or the training's configuration.")
 DATA = flags.DEFINE_list("data", None, "Text files, .jsonl, globs, path:weight; default: Python's standard library.")
+EVAL_DATA = flags.DEFINE_list("eval_data", None, "Held-out text, as --data without weights; all of it every eval_every steps.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Checkpoint to start from: its model and tokenizer, a fresh optimizer.")
+MESH = flags.DEFINE_string("mesh", None, "As data=2,expert=4; default: all devices on data.")
+ZERO = flags.DEFINE_integer("zero", None, "1: gathered weights are kept for the backward pass. 3: gathered again. Default 1.")
+DISPATCH = flags.DEFINE_string("dispatch", None, "How tokens reach experts: all_to_all or all_gather; default: the faster one.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; Slurm and Kubernetes jobs need none.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.", lower_bound=0)
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:LAST; the trace goes to DIR/profile.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step and print what it needs; trains nothing, needs no GPU.")
+GPUS = flags.DEFINE_integer("gpus", None, "With --dry_run: how many; default: the mesh's.", lower_bound=1)
+GPU = flags.DEFINE_string("gpu", "h200", "With --dry_run: which.")
 
-MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "log_every")  # when a run goes on
+# When a run goes on; none changes what is computed, but for rounding.
+MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "fall_back", "log_every", "load_every", "eval_every", "max_skipped"}
+MAY_CHANGE |= {"zero", "dispatch", "remat"}
 
 
 class Run(NamedTuple):
@@ -41,26 +61,68 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     weights: Weights | None  # to start from
     step: int  # of the checkpoint to go on from; 0: a new run
+    profile: range  # the steps to trace
 
     @property
     def config(self) -> dict[str, Any]:
         return {"model": self.model.to_hf(self.train.dtype), "train": dataclasses.asdict(self.train)}
 
 
-def resolve() -> Run:
-    """Reads everything a run is made of and writes nothing."""
-    workdir = Path(WORKDIR.value)
-    weights = convert.open_checkpoint(INIT_FROM.value) if INIT_FROM.value else None
+def resolve_configs(weights: Weights | None) -> tuple[ModelConfig, TrainConfig]:
+    """The configurations that the flags come to."""
     if not weights and not PRESET.value:
         raise InputError("--preset or --init_from is needed, to say what to train")
+    if RECIPE.value not in (None, "v2", "v2_lite"):
+        raise InputError(f"--recipe={RECIPE.value}: expected v2 or v2_lite")
+    recipe = RECIPE.value or PRESET.value
     model_config = weights.config if weights else preset(PRESET.value)
-    train_config = train_preset(PRESET.value) if PRESET.value else finetuning()
-    seed = [] if SEED.value is None else [f"seed={SEED.value}"]
-    model_config, train_config = override([model_config, train_config], SET.value + seed)
+    train_config = train_preset(recipe) if recipe else finetuning()
+    # The paper's (section 3.1.2); the published config.json says 0.02.
+    first = [] if weights or recipe == "tiny" else ["initializer_range=0.006"]
+    last = [f"{flag.name}={flag.value}" for flag in (SEED, ZERO, DISPATCH) if flag.value is not None]
+    model_config, train_config = override([model_config, train_config], first + SET.value + last)
     if train_config.seq_len > model_config.max_position_embeddings:
         limit = f"max_position_embeddings={model_config.max_position_embeddings}"
         raise InputError(f"TrainConfig.seq_len is {train_config.seq_len}, expected <= {limit}")
-    step = checkpoint.latest_step(workdir) or 0
+    return model_config, train_config
+
+
+def mesh_shape(model_config: ModelConfig, config: TrainConfig, devices: int) -> tuple[int, int]:
+    """The sizes of the axes data and expert, fit for the model and the batch."""
+    try:
+        data_axis, expert_axis = parse_mesh(MESH.value) if MESH.value else (devices, 1)
+    except ValueError as error:
+        raise InputError(f"--mesh={MESH.value}: {error}") from None
+    size = data_axis * expert_axis
+    if size > devices:
+        raise InputError(f"--mesh={MESH.value}: needs {size} devices, there are {devices}")
+    if config.micro_batch % size:
+        told = f"a multiple of the mesh's {size} devices (--mesh, micro_batch_size)"
+        raise InputError(f"the {config.micro_batch} sequences computed at a time: expected {told}")
+    if model_config.n_routed_experts is not None:
+        reach(model_config, expert_axis)
+    return data_axis, expert_axis
+
+
+def profiled_steps() -> range:
+    """The steps of --profile_steps."""
+    if PROFILE_STEPS.value is None:
+        return range(0)
+    first, colon, last = PROFILE_STEPS.value.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise InputError(f"--profile_steps={PROFILE_STEPS.value}: expected FIRST:LAST, two step numbers, as in 10:13")
+    return range(int(first), int(last) + 1)
+
+
+def resolve() -> Run:
+    """Reads everything a run is made of and writes nothing."""
+    if WORKDIR.value is None:
+        raise InputError("--workdir is needed")
+    workdir = Path(WORKDIR.value)
+    weights = convert.open_checkpoint(INIT_FROM.value) if INIT_FROM.value else None
+    model_config, train_config = resolve_configs(weights)
+    latest = checkpoint.newest_good_step if train_config.fall_back else checkpoint.latest_step
+    step = latest(workdir) or 0
     if not step and workdir.exists():
         refuse_foreign(workdir)
     source = workdir if step else weights and weights.directory
@@ -71,7 +133,7 @@ def resolve() -> Run:
         raise InputError(f"vocab_size is {model_config.vocab_size}, expected at least the tokenizer's {tokenizer.vocab_size}")
     if not weights:
         model_config = dataclasses.replace(model_config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    run = Run(workdir, model_config, train_config, tokenizer, weights, step)
+    run = Run(workdir, model_config, train_config, tokenizer, weights, step, profiled_steps())
     if step:
         refuse_other(run)
     return run
@@ -96,84 +158,170 @@ def refuse_other(run: Run) -> None:
         raise InputError(f"--workdir={run.workdir}: holds checkpoints of another configuration: {fields}")
 
 
-def prepare(run: Run) -> tuple[train_state.TrainState, data.Batches, checkpoint.Checkpoints]:
-    """The state, the data at its place and the checkpoints; the workdir comes to be when nothing can be wrong any more."""
-    batches = data.make_dataset(
-        DATA.value,
+def batches_of(run: Run, source: list[str] | None, **more: Any) -> data.Batches:
+    """This process's rows of the microbatches of `source`."""
+    return data.make_dataset(
+        source,
         run.tokenizer,
-        batch_size=run.train.batch_size,
+        batch_size=run.train.micro_batch,
         seq_len=run.train.seq_len,
         seed=run.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **more,
     )
+
+
+def prepare(run: Run) -> tuple[train_state.TrainState, data.Batches, checkpoint.Checkpoints]:
+    """The state, the data at its place and the checkpoints; the workdir comes to be when nothing can be wrong any more."""
+    batches = batches_of(run, DATA.value)
     if not run.step:
-        params = (
-            model.load(run.weights, "float32", run.model) if run.weights else model.init(run.model, run.train.seed, "float32")
-        )
-        state = train_state.start(params, run.train)
+        state = train_state.load(run.weights, run.model, run.train) if run.weights else train_state.init(run.model, run.train)
         run.workdir.mkdir(parents=True, exist_ok=True)
-        run.tokenizer.save(run.workdir)
+        if is_first():
+            run.tokenizer.save(run.workdir)
     checkpoints = checkpoint.Checkpoints(run.workdir, run.config, run.train.keep_checkpoints)
     if run.step:
         state, place = checkpoints.restore(run.step, train_state.abstract(run.model, run.train))
         batches.set_state(place)
-    temporary = run.workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(run.config, indent=2) + "\n")
-    temporary.replace(run.workdir / "config.json")
+    if is_first():
+        temporary = run.workdir / "config.json.tmp"
+        temporary.write_text(json.dumps(run.config, indent=2) + "\n")
+        temporary.replace(run.workdir / "config.json")
     return state, batches, checkpoints
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def say(*words: Any) -> None:
+    """Prints, in process 0 alone."""
+    if is_first():
+        print(*words, flush=True)
+
+
+class Reporter:
+    """Tells of steps: metrics.jsonl, what is shown, loss spikes, and how many steps in a row were skipped."""
+
+    def __init__(self, run: Run, show: Callable[[metrics.Record], None]) -> None:
+        self.run, self.show = run, show
+        self.file = metrics.MetricsFile(run.workdir / metrics.FILE, run.step) if is_first() else None
+        self.spikes = metrics.Spikes(self.file.kept if self.file else [])
+        self.skipped = 0  # steps in a row
+        self.logged, self.began = run.step, time.perf_counter()
+
+    def __call__(self, step: int, values: train_state.Metrics, **more: float) -> bool:
+        """Waits for the step and tells of it; returns whether some process asks for the end."""
+        config = self.run.train
+        stop, skipped = jax.device_get((values["stop"], values["skipped"]))
+        self.skipped = self.skipped + 1 if skipped else 0
+        if step % config.log_every and not (more or skipped or stop):
+            return bool(stop)
+        now = time.perf_counter()
+        sequences = [config.sequences_before(number + 1) for number in (self.logged, step)]
+        tokens = [count * config.seq_len for count in sequences]
+        with_load = step % config.load_every == 0
+        record = {"step": step, "tokens": tokens[1]} | metrics.of_step(jax.device_get(values), with_load) | more
+        record |= metrics.speed(self.run.model, config.seq_len, tokens[1] - tokens[0], (now - self.began) / (step - self.logged))
+        self.logged, self.began = step, now
+        if is_first():
+            record |= self.spikes.check(record)
+            self.file.write(record)
+            self.show(record)
+        return bool(stop)
+
+
 def train(run: Run, steps: int) -> None:
-    """Trains from the run's step to `steps`; the figures of a step are fetched while the next one runs."""
-    config = run.train
+    """Trains from the run's step to `steps`; a step's figures are fetched while the next one runs."""
+    config, stop = run.train, StopRequest()
     state, batches, checkpoints = prepare(run)
-    print("model:", *(f"{name}={value}" for name, value in dataclasses.asdict(run.model).items()))
-    print("train:", *(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
-    print(f"{run.model.num_params:,} parameters, {run.model.active_params:,} active, on {jax.devices()[0].device_kind}")
+    mesh = jax.sharding.get_mesh()
+    say("model:", *(f"{name}={value}" for name, value in dataclasses.asdict(run.model).items()))
+    say("train:", *(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
+    axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    where = f"{mesh.size} x {jax.devices()[0].device_kind} ({axes}), {jax.process_count()} processes"
+    say(f"{run.model.num_params:,} parameters, {run.model.active_params:,} active, on {where}")
     if run.step >= steps:
-        print(f"{run.workdir} is at step {run.step} of {steps}: nothing to do")
-        return
-    batch = train_state.place(next(batches))
+        return say(f"{run.workdir} is at step {run.step} of {steps}: nothing to do")
+
+    def next_batch(step: int) -> tuple[list[data.Batch], train_state.Batch]:
+        microbatches = list(itertools.islice(batches, config.batch_at(step) // config.micro_batch))
+        return microbatches, train_state.place(microbatches, config.microbatches, bool(stop))
+
+    rows, batch = next_batch(run.step + 1)
     began = time.perf_counter()
     train_step = train_state.train_step.lower(state, batch, config).compile()
-    print(f"compiled in {time.perf_counter() - began:.1f} s; from step {run.step} to {steps}", flush=True)
-
-    file, logged, began = metrics.MetricsFile(run.workdir / metrics.FILE, run.step), run.step, time.perf_counter()
-
-    def log(step: int, values: train_state.Metrics) -> None:
-        nonlocal logged, began
-        if step % config.log_every and step != steps:
-            return
-        values, now = jax.device_get(values), time.perf_counter()
-        tokens = config.batch_size * config.seq_len
-        record = {"step": step, "tokens": step * tokens} | {name: float(value) for name, value in values.items()}
-        record |= metrics.speed(run.model, config.seq_len, tokens, (now - began) / (step - logged))
-        logged, began = step, now
-        file.write(record)
-        show(record)
-
+    say(f"compiled in {time.perf_counter() - began:.1f} s; from step {run.step} to {steps}")
     with metrics.display(run.step, steps) as show:
-        unlogged = None
+        report = Reporter(run, show)
+        pending = None  # a step that runs and is not told of yet, with its data
+
+        def tell(**more: float) -> bool:
+            nonlocal pending
+            (number, values, rows), pending = pending, None
+            ends = report(number, values, **more)
+            if report.skipped >= config.max_skipped:
+                give_up(run, report.skipped, state, rows)
+            return ends
+
         for step in range(run.step + 1, steps + 1):
             checkpoints.check()
-            last = step % config.checkpoint_every == 0 or step == steps
-            if last and unlogged:  # this step is waited for, so the one before must not share its time
-                log(*unlogged)
-                unlogged = None
-            state, values = train_step(state, batch)
-            if unlogged:
-                log(*unlogged)
-            unlogged = (step, values)
-            if last:
-                log(*unlogged)  # a step in a checkpoint is never run again
-                unlogged = None
+            if step in run.profile[:1]:
+                jax.profiler.start_trace(str(run.workdir / "profile"))
+            saves = step % config.checkpoint_every == 0 or step == steps
+            evaluates = EVAL_DATA.value is not None and (step % config.eval_every == 0 or step == steps)
+            waits = saves or evaluates or step in run.profile[-1:]
+            # A step that is waited for must not share its time; none may follow one that may be skipped once too often.
+            ends = pending is not None and (waits or report.skipped == config.max_skipped - 1) and tell()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, values = train_step(state, batch)
+            ends |= pending is not None and tell()
+            pending = (step, values, rows)
+            if waits or ends:  # a step in a checkpoint is never run again, so it is told of first
+                ends |= tell(**({"loss/eval": evaluate(run, state)} if evaluates else {}))
+            if step in run.profile[-1:]:
+                jax.profiler.stop_trace()
+            if saves or ends:
                 checkpoints.save(state, batches.get_state())
-            batch = train_state.place(next(batches))
+            if ends and step < steps:
+                checkpoints.wait()
+                return say(f"asked to stop: saved step {step} of {steps}; the same line goes on from there")
+            if step < steps:
+                rows, batch = next_batch(step + 1)
         checkpoints.wait()
 
 
+def evaluate(run: Run, state: train_state.TrainState) -> float:
+    """The mean loss of all tokens of --eval_data, nothing dropped."""
+    sums = [
+        train_state.evaluate(state.params, train_state.place([rows], 1), run.train)
+        for rows in batches_of(run, EVAL_DATA.value, repeat=False)
+    ]
+    loss, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    return float(loss / tokens)
+
+
+def give_up(run: Run, skipped: int, state: train_state.TrainState, rows: list[data.Batch]) -> None:
+    """Ends a run whose steps are all skipped; the parameters are still those that the first of them met."""
+    place = run.workdir / "nonfinite"
+    saved = checkpoint.Checkpoints(place, run.config, keep=1)
+    saved.save(state, {})
+    saved.wait()
+    np.savez(place / f"batch_{jax.process_index()}.npz", **{name: np.stack([part[name] for part in rows]) for name in rows[0]})
+    told = f"loss or gradient was not finite in {skipped} steps in a row; the state and the last batch are in {place}"
+    raise InputError(f"step {int(state.step)}: {told}")
+
+
 def main() -> None:
+    for flag, needed in ((NUM_PROCESSES, COORDINATOR), (PROCESS_ID, COORDINATOR), (GPUS, DRY_RUN)):
+        if flag.value is not None and not needed.value:
+            raise InputError(f"--{flag.name} is of use with --{needed.name} alone")
+    cli.cache_compilations()
+    start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     run = resolve()
-    with jax.set_mesh(make_mesh()):
+    with jax.set_mesh(make_mesh(*mesh_shape(run.model, run.train, jax.device_count()))):
         train(run, STEPS.value or run.train.schedule_steps)
 
 

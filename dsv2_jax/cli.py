@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 
 from dsv2_jax.fields import InputError
@@ -68,6 +69,13 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
 
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
     app.run(guarded, flags_parser=parse)
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "dsv2_jax"))
 
 
 def _leave(message: str) -> None:

@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 def override(configs: Iterable[Any], assignments: Iterable[str]) -> list[Any]:
-    """Applies `FIELD=VALUE` strings to the dataclasses that have the field, typed by its annotation.
+    """Applies `FIELD=VALUE` strings to the dataclasses that have the field, typed by its annotation, all at once.
 
     A field of a nested dataclass is reached with a dot: `rope_scaling.factor=40`. `null` or `none` gives None.
 
@@ -23,6 +23,7 @@ def override(configs: Iterable[Any], assignments: Iterable[str]) -> list[Any]:
         InputError: unknown field (with the nearest name), unreadable value, or a value the dataclass refuses.
     """
     configs = list(configs)
+    changes: list[dict[str, Any]] = [{} for _ in configs]
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -31,19 +32,18 @@ def override(configs: Iterable[Any], assignments: Iterable[str]) -> list[Any]:
         if owner is None:
             names = [n for c in configs for n in field_types(type(c))]
             raise InputError(f"--set {assignment}: unknown field {name!r}{nearest(name, names)}")
-        configs[owner] = _replace_field(configs[owner], name, text)
-    return configs
+        head, _, rest = name.partition(".")
+        now = changes[owner].get(head, getattr(configs[owner], head))
+        types = field_types(type(configs[owner]))
+        changes[owner][head] = _replace_inner(now, head, rest, text) if rest else _parse(name, text, types[head])
+    return [dataclasses.replace(config, **changed) for config, changed in zip(configs, changes)]
 
 
-def _replace_field(config: Any, name: str, text: str) -> Any:
-    head, _, rest = name.partition(".")
-    if rest:
-        inner = getattr(config, head)
-        if not dataclasses.is_dataclass(inner) or rest not in field_types(type(inner)):
-            names = field_types(type(inner)) if dataclasses.is_dataclass(inner) else ()
-            raise InputError(f"--set {name}={text}: {head} has no field {rest!r}{nearest(rest, names)}")
-        return dataclasses.replace(config, **{head: _replace_field(inner, rest, text)})
-    return dataclasses.replace(config, **{head: _parse(name, text, field_types(type(config))[head])})
+def _replace_inner(inner: Any, head: str, name: str, text: str) -> Any:
+    types = field_types(type(inner)) if dataclasses.is_dataclass(inner) else {}
+    if name not in types:
+        raise InputError(f"--set {head}.{name}={text}: {head} has no field {name!r}{nearest(name, types)}")
+    return dataclasses.replace(inner, **{name: _parse(f"{head}.{name}", text, types[name])})
 
 
 def _parse(name: str, text: str, allowed: tuple[type, ...]) -> Any:

@@ -4,14 +4,18 @@ MFU = model FLOPs of forward and backward, causal attention counted half, active
 (`ModelConfig.flops_per_token`), over the dense bfloat16 peak of the devices.
 """
 
+import collections
 import contextlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 import rich.progress
 
@@ -22,7 +26,7 @@ FILE = "metrics.jsonl"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a device, dense bfloat16
 SHOWN_EVERY = 5.0  # seconds, where there is no terminal
 
-Record = dict[str, float | int | None]
+Record = dict[str, Any]  # numbers, lists of them, or null for what is not known or not finite
 
 
 def read(path: Path) -> list[Record]:
@@ -56,16 +60,53 @@ class MetricsFile:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        self.kept = kept
         self._file = path.open("a")
 
-    def write(self, record: Mapping[str, float | int | None]) -> None:
+    def write(self, record: Record) -> None:
         """Floats are written so that they read back exactly."""
         self._file.write(_line(record))
         self._file.flush()
 
 
-def _line(record: Mapping[str, float | int | None]) -> str:
-    return json.dumps(dict(record)) + "\n"
+def _line(record: Record) -> str:
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    return json.dumps(finite) + "\n"
+
+
+def of_step(values: Mapping[str, np.ndarray], with_load: bool) -> Record:
+    """A step's metrics as they are logged: numbers, and per layer lists; every expert's load, in pairs, if asked for."""
+    record = {name: float(value) for name, value in values.items() if value.ndim == 0 and name != "stop"}
+    if "moe/load" in values:
+        load_LE = values["moe/load"]
+        record["moe/drop_fraction_of_layer"] = values["moe/dropped"].tolist()
+        record["moe/dead_experts_of_layer"] = (load_LE == 0).sum(axis=-1).tolist()
+        if with_load:
+            record["moe/load"] = load_LE.astype(int).tolist()
+    return record
+
+
+class Spikes:
+    """Finds losses far above those just before, `DEVIATIONS` standard deviations over the mean of the last `WINDOW`."""
+
+    WINDOW, DEVIATIONS = 128, 6.0
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        """`records`: those logged before, which count."""
+        losses = (record.get("loss/lm") for record in records)
+        self._losses = collections.deque((loss for loss in losses if loss is not None), self.WINDOW)
+
+    def check(self, record: Record) -> Record:
+        """{"loss/spike": standard deviations} if the record's loss is one, which is then not counted; else {}."""
+        loss = record["loss/lm"]
+        if not math.isfinite(loss):
+            return {}
+        if len(self._losses) == self.WINDOW:
+            above = (loss - np.mean(self._losses)) / max(np.std(self._losses), 1e-6)
+            if above > self.DEVIATIONS:
+                return {"loss/spike": float(above)}
+        self._losses.append(loss)
+        return {}
 
 
 def speed(model: ModelConfig, seq_len: int, tokens: int, seconds: float) -> Record:
@@ -91,7 +132,8 @@ def display(first: int, steps: int) -> Iterator[Callable[[Record], None]]:
 
     def show(record: Record) -> None:
         nonlocal shown
-        if record["step"] == steps or time.monotonic() - shown >= SHOWN_EVERY:
+        notable = record["skipped"] or "loss/spike" in record or "loss/eval" in record
+        if notable or record["step"] == steps or time.monotonic() - shown >= SHOWN_EVERY:
             shown = time.monotonic()
             print(f"step {record['step']}/{steps}  {describe(record)}", flush=True)
 
@@ -101,7 +143,10 @@ def display(first: int, steps: int) -> Iterator[Callable[[Record], None]]:
 def describe(record: Record) -> str:
     """The few figures to watch."""
     mfu = "" if record["perf/mfu"] is None else f"  mfu {record['perf/mfu']:.1%}"
+    notes = f"  SPIKE of {record['loss/spike']:.0f} deviations" if "loss/spike" in record else ""
+    notes += "  SKIPPED: not finite" if record["skipped"] else ""
+    notes += f"  eval {record['loss/eval']:.4f}" if "loss/eval" in record else ""
     return (
         f"loss {record['loss/lm']:.4f}  grad_norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-        f"{record['perf/tokens_per_s']:.0f} tokens/s{mfu}"
+        f"{record['perf/tokens_per_s']:.0f} tokens/s{mfu}{notes}"
     )

@@ -23,12 +23,22 @@ LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, w
 
 
 class Context(NamedTuple):
-    """What every layer's attention needs to know of the tokens."""
+    """What every layer needs to know of the tokens, and how it is to run."""
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array
     cos_BTJ: jax.Array
     sin_BTJ: jax.Array
+    dropping: "Dropping | None" = None
+    dispatch: str | None = None  # of `sharding.expert_parallel.DISPATCHES`
+
+
+class Dropping(NamedTuple):
+    """Token dropping of a training step (paper section 2.2.4)."""
+
+    exempt_B: jax.Array  # sequences of which nothing is dropped
+    capacity_factor: float  # a group's budget, in shares of the mean load
+    pool: int  # consecutive sequences that share it
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -17,12 +17,13 @@ from flax import nnx
 
 from dsv2_jax.cache import LatentCache
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.mla import MLA, Context, init_normal, rms_norm
+from dsv2_jax.mla import MLA, Context, Dropping, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
 from dsv2_jax.rope import cos_sin
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
 from sharding import specs
+from sharding.expert_parallel import ARRIVED
 
 
 class Layer(nnx.Module):
@@ -41,8 +42,8 @@ class Layer(nnx.Module):
         eps = self.cfg.rms_norm_eps
         h_BTD, cache = self.attn(rms_norm(x_BTD, self.attn_norm[...], eps), ctx, cache, absorbed=absorbed)
         x_BTD += h_BTD
-        h_BTD = self.ffn(rms_norm(x_BTD, self.ffn_norm[...], eps))
-        h_BTD, stats = h_BTD if self.kind == "moe" else (h_BTD, {})
+        h_BTD = rms_norm(x_BTD, self.ffn_norm[...], eps)
+        h_BTD, stats = self.ffn(h_BTD, ctx) if self.kind == "moe" else (self.ffn(h_BTD), {})
         return x_BTD + h_BTD, (cache, stats)
 
 
@@ -80,6 +81,9 @@ class Decoder(nnx.Module):
         *,
         absorbed: bool = False,
         remat: bool = False,
+        regather: bool = False,
+        dropping: Dropping | None = None,
+        dispatch: str | None = None,
     ) -> tuple[jax.Array, LatentCache | None, Stats]:
         """The normalised hidden states before the head.
 
@@ -87,19 +91,26 @@ class Decoder(nnx.Module):
             tokens_BT, positions_BT, segment_ids_BT: int32; attention stays within a segment (ignored when absorbed).
             cache: tokens are written to it at their positions, which must be consecutive.
             absorbed: attend over the cache, else over these tokens only.
-            remat: recompute each layer in the backward pass.
+            remat: recompute each layer in the backward pass, but for what came over the wire.
+            regather: where parameters are cut (ZeRO), gather a layer's again in the backward pass instead of keeping them.
+            dropping, dispatch: see `mla.Context`.
 
         Returns:
             hidden [B, T, D]; the cache with the tokens in it; per MoE layer the routing's statistics, stacked on L.
         """
         x_BTD, ctx = self._embed(tokens_BT, positions_BT, segment_ids_BT)
+        ctx = ctx._replace(dropping=dropping, dispatch=dispatch)
 
         def layer_step(x_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            return layer(x_BTD, ctx, layer_cache, absorbed)
+            return specs.gather(layer)(x_BTD, ctx, layer_cache, absorbed)
 
+        policies = jax.checkpoint_policies
         if remat:
-            layer_step = jax.checkpoint(layer_step)
+            kept = (ARRIVED,) if regather else (ARRIVED, specs.GATHERED)
+            layer_step = jax.checkpoint(layer_step, policy=policies.save_only_these_names(*kept))
+        elif regather:
+            layer_step = jax.checkpoint(layer_step, policy=policies.save_anything_except_these_names(specs.GATHERED))
         caches, stats, first = [], [], 0
         for kind, start, length in self.cfg.runs:
             layers = _layers(getattr(self, kind), start, start + length)
@@ -110,10 +121,9 @@ class Decoder(nnx.Module):
         stats = _concatenate([s for s in stats if s]) if any(stats) else {}
         return self._norm(x_BTD), _concatenate(caches), stats
 
-    @float32_exact
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of normalised hidden states [..., D]."""
-        return jnp.einsum("...d,dv->...v", hidden, self.w_head, preferred_element_type=jnp.float32)
+        return head_logits(hidden, self.w_head[...])
 
     def _embed(self, tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, Context]:
         x_BTD = self.embed.at[tokens_BT].get(out_sharding=specs.activations_BTD)
@@ -121,6 +131,12 @@ class Decoder(nnx.Module):
 
     def _norm(self, x_BTD: jax.Array) -> jax.Array:
         return rms_norm(x_BTD, self.final_norm[...], self.cfg.rms_norm_eps)
+
+
+def head_logits(hidden: jax.Array, w_head_DV: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of normalised hidden states [..., D]."""
+    precision = jax.lax.Precision.HIGHEST if w_head_DV.dtype == jnp.float32 else None
+    return jnp.einsum("...d,dv->...v", hidden, w_head_DV, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _layers(stack: Any, start: int, stop: int) -> Any:
@@ -131,14 +147,19 @@ def _concatenate(trees: list[Any]) -> Any:
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *trees)
 
 
+def draw(cfg: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Decoder:
+    """Random parameters."""
+    return Decoder(cfg, nnx.Rngs(params=key), dtype)
+
+
 def init(cfg: ModelConfig, seed: int, dtype: jnp.dtype) -> Decoder:
     """Random parameters on the current mesh, each device making its own part."""
-    return jax.jit(lambda key: Decoder(cfg, nnx.Rngs(params=key), dtype))(jax.random.key(seed))
+    return jax.jit(functools.partial(draw, cfg, dtype=dtype))(jax.random.key(seed))
 
 
 def abstract(cfg: ModelConfig, dtype: jnp.dtype) -> Decoder:
     """Shapes, dtypes and shardings of the parameters on the current mesh, without the parameters."""
-    return jax.eval_shape(lambda key: Decoder(cfg, nnx.Rngs(params=key), dtype), jax.random.key(0))
+    return jax.eval_shape(lambda: draw(cfg, jax.random.key(0), dtype))
 
 
 def load(weights: Weights, dtype: str, cfg: ModelConfig | None = None) -> Decoder:

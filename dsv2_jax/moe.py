@@ -3,15 +3,17 @@
 Letters: B batch, T positions, D model, F hidden, E routed experts, K experts a token, M rows in expert order.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.mla import init_normal
-from dsv2_jax.router import expert_balance, expert_load, route
+from dsv2_jax.mla import Context, Dropping, init_normal
+from dsv2_jax.router import Routing, balance, expert_load, group_of, reach, route
 from pallas_kernels.grouped_matmul import grouped_matmul
-from sharding import specs
+from sharding import dropping, specs
 from sharding.expert_parallel import routed_experts
 
 Stats = dict[str, jax.Array]
@@ -58,22 +60,46 @@ class DeepSeekMoE(nnx.Module):
             self.shared = SwiGLU(cfg, cfg.n_shared_experts * cfg.moe_intermediate_size, rngs, dtype)
 
     @jax.named_scope("moe")
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Stats]:
-        """Returns the layer's output in x's dtype, and what routing did: experts [B, T, K], load [E], expert_balance []."""
-        routing = route(x_BTD, self.w_router[...], self.cfg)
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Stats]:
+        """Returns the layer's output in x's dtype, and what routing did: experts [B, T, K]; in pairs, load [E] and dropped [];
+        and the balance losses of `router.balance`."""
+        cfg = self.cfg
+        routing = route(x_BTD, self.w_router[...], cfg)
+        experts_BTK, weights_BTK, dropped = routing.experts_BTK, routing.weights_BTK, jnp.zeros(())
+        if ctx.dropping:
+            kept_BTK = kept_pairs(routing, ctx.dropping, cfg)
+            experts_BTK = jnp.where(kept_BTK, experts_BTK, cfg.n_routed_experts)
+            weights_BTK = jnp.where(kept_BTK, weights_BTK, 0.0)
+            dropped = (~kept_BTK).sum(dtype=jnp.float32)
         y_BTD = routed_experts(
             x_BTD,
-            routing.experts_BTK,
-            routing.weights_BTK,
+            experts_BTK,
+            weights_BTK,
             self.experts,
             lambda rows_MD, experts, sizes_E, unit: experts(rows_MD, sizes_E, unit),
-            self.cfg.n_routed_experts,
+            num_experts=cfg.n_routed_experts,
+            reach=reach(cfg, jax.sharding.get_abstract_mesh().shape["expert"]),
+            dispatch=ctx.dispatch,
         )
-        if self.cfg.n_shared_experts is not None:
+        if cfg.n_shared_experts is not None:
             with jax.named_scope("shared"):
                 y_BTD += self.shared(x_BTD)
-        return y_BTD, {
+        return y_BTD, balance(routing, cfg) | {
             "experts": routing.experts_BTK,
-            "load": expert_load(routing.experts_BTK, self.cfg.n_routed_experts).sum(axis=0),
-            "expert_balance": expert_balance(routing, self.cfg),
+            "load": expert_load(routing.experts_BTK, cfg.n_routed_experts).sum(axis=0),
+            "dropped": dropped,
         }
+
+
+@jax.named_scope("dropping")
+def kept_pairs(routing: Routing, drop: Dropping, cfg: ModelConfig) -> jax.Array:
+    """Whether a token-expert pair is within its group's budget, see `sharding.dropping.kept`: bool [B, T, K]."""
+    fair = drop.pool * math.prod(routing.experts_BTK.shape[1:]) / cfg.n_group
+    return dropping.kept(
+        jax.lax.stop_gradient(routing.affinities_BTK),
+        group_of(routing.experts_BTK, cfg),
+        drop.exempt_B,
+        num_groups=cfg.n_group,
+        budget=int(drop.capacity_factor * fair),
+        pool=drop.pool,
+    )

@@ -1,8 +1,9 @@
-"""Which experts a token goes to, with which weights (paper eq. 20-22, section 2.2.2), and the balance loss (eq. 23-25).
+"""Which experts a token goes to, with which weights (paper eq. 20-22, section 2.2.2), and the balance losses (eq. 23-31).
 
 Letters: B sequences, T positions, D model, E routed experts, G groups (the paper's devices), K experts a token.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ class Routing(NamedTuple):
 
     experts_BTK: jax.Array  # int32, in order of falling affinity
     weights_BTK: jax.Array  # factors of the experts' outputs
+    affinities_BTK: jax.Array  # the chosen experts' scores
     scores_BTE: jax.Array  # affinities: the softmax over all experts, before any limit
 
 
@@ -35,12 +37,29 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
         _, groups_BTM = jax.lax.top_k(grouped_BTGX.max(axis=-1), cfg.topk_group)
         chosen_BTG = jax.nn.one_hot(groups_BTM, cfg.n_group, dtype=bool).any(axis=-2)
         allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, 0.0).reshape(scores_BTE.shape)
-    weights_BTK, experts_BTK = jax.lax.top_k(allowed_BTE, cfg.num_experts_per_tok)
+    affinities_BTK, experts_BTK = jax.lax.top_k(allowed_BTE, cfg.num_experts_per_tok)
     if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
-        weights_BTK /= weights_BTK.sum(axis=-1, keepdims=True) + 1e-20  # and unscaled, as in the released code
+        weights_BTK = affinities_BTK / (
+            affinities_BTK.sum(axis=-1, keepdims=True) + 1e-20
+        )  # and unscaled, as in the released code
     else:
-        weights_BTK *= cfg.routed_scaling_factor
-    return Routing(experts_BTK, weights_BTK, scores_BTE)
+        weights_BTK = affinities_BTK * cfg.routed_scaling_factor
+    return Routing(experts_BTK, weights_BTK, affinities_BTK, scores_BTE)
+
+
+def reach(cfg: ModelConfig, devices: int) -> tuple[int, float]:
+    """Of `devices` that share the experts, in order: how many a token needs, at most and in the mean under uniform routing."""
+
+    def missing(all_items: int, taken: int) -> float:
+        """The chance that none of `taken` items lies on one given device."""
+        return math.comb(all_items - all_items // devices, taken) / math.comb(all_items, taken)
+
+    most = min(cfg.num_experts_per_tok, devices)
+    if cfg.topk_method == "group_limited_greedy":
+        most = min(most, cfg.topk_group * max(1, devices // cfg.n_group))
+        if devices <= cfg.n_group:  # nearly every chosen group holds a chosen expert
+            return most, min(most, devices * (1 - missing(cfg.n_group, cfg.topk_group)))
+    return most, min(most, devices * (1 - missing(cfg.n_routed_experts, cfg.num_experts_per_tok)))
 
 
 def expert_load(experts_BTK: jax.Array, num_experts: int) -> jax.Array:
@@ -48,10 +67,29 @@ def expert_load(experts_BTK: jax.Array, num_experts: int) -> jax.Array:
     return jax.nn.one_hot(experts_BTK, num_experts, dtype=jnp.float32).sum(axis=(1, 2))
 
 
-def expert_balance(routing: Routing, cfg: ModelConfig) -> jax.Array:
-    """sum_i f_i P_i per sequence (eq. 23-25 without alpha_1), averaged over sequences: 1 at perfect balance. The gradient flows
-    through P alone, f being a count."""
+def balance(routing: Routing, cfg: ModelConfig) -> dict[str, jax.Array]:
+    """The balance losses without their coefficients, float32 [], each the mean over sequences: 1 at perfect balance (the third
+    where each token reaches exactly M groups). The gradient flows through P alone, f being a count.
+
+    expert_balance: sum_i f_i P_i over experts (eq. 23-25). device_balance: over groups, the mean f and the sum of P in each (eq.
+    26-28). comm_balance: over groups, f counting each token that reaches the group once (eq. 29-31). batch_balance: as
+    expert_balance, but f and P are those of all tokens together (the released code with seq_aux=false).
+    """
     tokens = routing.scores_BTE.shape[1]
     f_BE = expert_load(routing.experts_BTK, cfg.n_routed_experts) * cfg.n_routed_experts / (cfg.num_experts_per_tok * tokens)
     p_BE = routing.scores_BTE.mean(axis=1)
-    return (f_BE * p_BE).sum(axis=-1).mean()
+    f_BGX, p_BGX = (a.reshape(a.shape[0], cfg.n_group, -1) for a in (f_BE, p_BE))
+    p_BG = p_BGX.sum(axis=-1)
+    reached_BTG = jax.nn.one_hot(group_of(routing.experts_BTK, cfg), cfg.n_group, dtype=bool).any(axis=2)
+    sent_BG = reached_BTG.astype(jnp.float32).mean(axis=1) * cfg.n_group / cfg.topk_group
+    return {
+        "expert_balance": (f_BE * p_BE).sum(axis=-1).mean(),
+        "device_balance": (f_BGX.mean(axis=-1) * p_BG).sum(axis=-1).mean(),
+        "comm_balance": (sent_BG * p_BG).sum(axis=-1).mean(),
+        "batch_balance": (f_BE.mean(axis=0) * p_BE.mean(axis=0)).sum(),
+    }
+
+
+def group_of(experts: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The group (the paper's device) that holds an expert."""
+    return experts // (cfg.n_routed_experts // cfg.n_group)

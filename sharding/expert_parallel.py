@@ -1,31 +1,41 @@
 """Dispatch of tokens to the devices that hold their experts, and combination of what comes back, in `shard_map`.
 
-The batch is split over data x expert, the routed experts over expert. Every device of an expert row gathers the row's tokens,
-multiplies the pairs that fall on its own experts, and the partial sums return to the tokens' home.
+The batch is split over data x expert, the routed experts over expert. `all_to_all`: a token travels once to each device that it
+needs, with its expert ids and weights; a device multiplies the pairs that fall on its own experts and sends the weighted sums
+back, which are added at the token's home. Messages have one size; a queue that is longer travels in further rounds, so that
+nothing is dropped on the way and buffers stay bounded. `all_gather`: every token goes to every device of its expert row.
 
-Moving rows is done by two functions that are each other's transpose, so that the backward pass holds gathers and no scatter-add.
-Letters: B batch, T positions, D model, N tokens of a device, K experts a token, M rows in expert order, E experts of a device.
+Moving rows is done by functions that are each other's transpose, so that the backward pass holds gathers and no scatter-add.
+Letters: B batch, T positions, D model, N tokens of a device, K experts a token, S devices a token may need, X devices of an
+expert row, C slots for each, M rows in expert order, R rows of a chunk, E experts of a device.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.grouped_matmul import padded_rows, row_unit
 from sharding import specs
+from sharding.rounds import in_rounds
+
+DISPATCHES = ("all_to_all", "all_gather")
+ARRIVED = "arrived"  # the name under which `jax.checkpoint` knows what came over the wire
+SLACK = 1.25  # buffers hold this much of the mean load under uniform routing; the rest waits for a further round
 
 Experts = Any  # a pytree of arrays [E, ...]
 
 
-class ExpertOrder(NamedTuple):
-    """A permutation of token-expert pairs into expert order, each expert's rows beginning at a multiple of the row unit."""
+class Order(NamedTuple):
+    """Where each of a token's pairs goes (its K experts, or its S devices), and what each row of the result holds."""
 
-    pair_M: jax.Array  # the pair n * K + k that a row holds; N * K for a padding row
-    row_NK: jax.Array  # the row that holds a pair; M for a pair of another device's experts
-    group_sizes_E: jax.Array
+    pair_M: jax.Array  # the pair n * K + k that a row holds; N * K for none
+    row_NK: jax.Array  # the row that holds a pair; M for none
 
 
 def routed_experts(
@@ -34,48 +44,145 @@ def routed_experts(
     weights_BTK: jax.Array,
     experts: Experts,
     expert_fn: Callable[..., jax.Array],
+    *,
     num_experts: int,
+    reach: tuple[int, float],
+    dispatch: str | None = None,
 ) -> jax.Array:
-    """sum_k weights[k] * expert_fn(x, expert k), the sum in float32 and rounded once to x's dtype.
+    """sum_k weights[k] * expert_fn(x, expert k) in x's dtype: sums in float32, rounded once for each device that contributes.
 
     Args:
         x_BTD: tokens, batch over data x expert.
-        experts_BTK, weights_BTK: chosen experts and float32 factors.
+        experts_BTK, weights_BTK: chosen experts and float32 factors. The id `num_experts` stands for none: it travels nowhere.
         experts: the experts' weights, [num_experts, ...] over expert.
         expert_fn: (rows_MD, experts, group_sizes_E, row_unit) -> [M, D], see `pallas_kernels.grouped_matmul`.
+        reach: the devices of an expert row that a token needs, at most and in the mean under uniform routing.
+        dispatch: one of DISPATCHES; None is the faster one as measured at this size of the expert axis.
     """
 
     def island(x_BTD, experts_BTK, weights_BTK, experts):
         # Without this the sum of the weights' gradients over data would sit inside loops of device-dependent length: a deadlock.
         experts = jax.tree.map(lambda w: lax.pcast(w, "data", to="varying"), experts)
-        local = jax.tree.leaves(experts)[0].shape[0]
-        x_ND, experts_NK, weights_NK = (
-            lax.all_gather(a.reshape(-1, a.shape[-1]), "expert", tiled=True) for a in (x_BTD, experts_BTK, weights_BTK)
-        )
-        unit = row_unit(experts_NK.size, num_experts)
-        order = expert_order(experts_NK - lax.axis_index("expert") * local, local, unit)
-        out_MD = expert_fn(take_rows(x_ND, order), experts, order.group_sizes_E, unit)
-        y_ND = sum_rows(out_MD, weights_NK, order)
-        return lax.psum_scatter(y_ND, "expert", tiled=True).astype(x_BTD.dtype).reshape(x_BTD.shape)
+        x_ND, ids_NK, weights_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTK, weights_BTK))
+        devices = lax.axis_size("expert")
+        multiply = functools.partial(_multiply, expert_fn=expert_fn, fair_pairs=ids_NK.size)
+        if devices == 1:
+            y_ND = multiply(x_ND, ids_NK, weights_NK, experts)
+        elif (dispatch or _default_dispatch(devices)) == "all_gather":
+            y_ND = _through_all_gather(x_ND, ids_NK, weights_NK, experts, multiply)
+        else:
+            y_ND = _through_all_to_all(x_ND, ids_NK, weights_NK, experts, multiply, num_experts, reach)
+        return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
     return jax.shard_map(island, out_specs=specs.activations_BTD)(x_BTD, experts_BTK, weights_BTK, experts)
 
 
-def expert_order(local_experts_NK: jax.Array, num_experts: int, unit: int) -> ExpertOrder:
-    """Sorts pairs by expert, ties by pair; ids outside [0, num_experts) belong to other devices and get no row."""
-    expert_P = local_experts_NK.reshape(-1)
+def _default_dispatch(devices: int) -> str:
+    return "all_to_all" if devices > 1 else "all_gather"
+
+
+def _through_all_gather(x_ND, ids_NK, weights_NK, experts, multiply) -> jax.Array:
+    with jax.named_scope("dispatch"):
+        got_MD = checkpoint_name(gather_tokens(x_ND), ARRIVED)
+        ids_MK, weights_MK = (lax.all_gather(a, "expert", tiled=True) for a in (ids_NK, weights_NK))
+    y_MD = multiply(got_MD, ids_MK, weights_MK, experts)
+    with jax.named_scope("combine"):
+        return sum_partials(y_MD.astype(x_ND.dtype))
+
+
+def _through_all_to_all(x_ND, ids_NK, weights_NK, experts, multiply, num_experts: int, reach) -> jax.Array:
+    """The first round takes what fits into the slots, and rounds follow until nothing is left."""
+    devices, tokens = lax.axis_size("expert"), len(x_ND)
+    device_NK = ids_NK // (num_experts // devices)  # `devices` for a pair that travels nowhere
+    needed_NX = (device_NK[:, :, None] == jnp.arange(devices)).any(axis=1).astype(jnp.int32)
+    place_NX = jnp.cumsum(needed_NX, axis=0) - needed_NX
+    limit, mean = reach
+    slots = slots_per_device(tokens, devices, mean)
+
+    def exchange(r, operands, integers):
+        x_ND, weights_NK, experts = operands
+        ids_NK, needed_NX, place_NX = integers
+        now_NX = (needed_NX == 1) & (place_NX // slots == r)
+        row_NX = jnp.where(now_NX, jnp.arange(devices) * slots + place_NX - r * slots, devices * slots)
+        order = _inverse(jnp.sort(row_NX, axis=1)[:, :limit], devices * slots)
+        token_M = order.pair_M // limit
+        with jax.named_scope("dispatch"):
+            # Ids are exact in float32 and ride with the weights: 8 K bytes a row, where the row itself takes 2 D.
+            with_MK = jnp.concatenate([_gather(weights_NK, token_M), _gather(ids_NK + 1, token_M).astype(jnp.float32)], axis=1)
+            with_MK = checkpoint_name(_swap(with_MK), ARRIVED)
+            got_MD = checkpoint_name(_swap(take_rows(x_ND, order)), ARRIVED)
+        weights_MK, ids_MK = jnp.split(with_MK, 2, axis=1)
+        y_MD = multiply(got_MD, lax.stop_gradient(ids_MK).astype(jnp.int32) - 1, weights_MK, experts)
+        with jax.named_scope("combine"):
+            return add_rows(_swap(y_MD.astype(x_ND.dtype)), order)
+
+    operands, integers = (x_ND, weights_NK, experts), (ids_NK, needed_NX, place_NX)
+    if slots == tokens:
+        return exchange(0, operands, integers)
+    # Every device of the mesh takes as many rounds: collectives wait for each other.
+    longest = lax.pmax(needed_NX.sum(axis=0).max(), specs.BATCH)
+    return in_rounds(exchange, -(-longest // slots), operands, integers)
+
+
+def slots_per_device(tokens: int, devices: int, mean: float) -> int:
+    """Slots of a message: for all tokens where that is hardly more than the mean (two devices), else the mean and some slack."""
+    return tokens if devices <= 2 else min(tokens, math.ceil(SLACK * tokens * mean / devices / 8) * 8)
+
+
+def _multiply(x_ND, ids_NK, weights_NK, experts, *, expert_fn, fair_pairs: int) -> jax.Array:
+    """The weighted sums over this device's experts: float32 [N, D]. Rows beyond SLACK of a fair share go in further chunks."""
+    local = jax.tree.leaves(experts)[0].shape[0]
+    unit = row_unit(fair_pairs, local)
+    most = padded_rows(len(x_ND) * min(ids_NK.shape[1], local), local, unit)
+    chunk = min(most, padded_rows(math.ceil(SLACK * fair_pairs), local, unit))
+    order, sizes_E, starts_E = expert_order(ids_NK - lax.axis_index("expert") * local, local, unit, -(-most // chunk) * chunk)
+
+    def multiply_chunk(r, operands, integers):
+        x_ND, weights_NK, experts = operands
+        order, sizes_E, starts_E = integers
+        part = Order(
+            lax.dynamic_slice_in_dim(order.pair_M, r * chunk, chunk),
+            jnp.where(order.row_NK // chunk == r, order.row_NK - r * chunk, chunk),
+        )
+        first, last = (jnp.clip(edge_E - r * chunk, 0, chunk) for edge_E in (starts_E, starts_E + sizes_E))
+        with jax.named_scope("experts"):
+            out_RD = expert_fn(take_rows(x_ND, part), experts, last - first, unit)
+            return sum_rows(out_RD, weights_NK, part)
+
+    operands, integers = (x_ND, weights_NK, experts), (order, sizes_E, starts_E)
+    if chunk == most:
+        return multiply_chunk(0, operands, integers)
+    return in_rounds(multiply_chunk, -(-(starts_E + sizes_E).max() // chunk), operands, integers)
+
+
+def expert_order(local_NK: jax.Array, num_experts: int, unit: int, rows: int) -> tuple[Order, jax.Array, jax.Array]:
+    """Sorts pairs by expert, ties by pair, each expert's rows beginning at a multiple of `unit`; with sizes and first rows [E].
+
+    Ids outside [0, num_experts) belong to other devices and get no row.
+    """
+    expert_P = local_NK.reshape(-1)
     expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
     pairs = expert_P.size
-    rows = padded_rows(pairs, num_experts, unit)
-    sorted_P = jnp.argsort(expert_P, stable=True)
+    sorted_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
     sizes_E = jnp.zeros(num_experts + 1, jnp.int32).at[expert_P].add(1)[:-1]
     padded_E = -(-sizes_E // unit) * unit
-    shift_E = jnp.append((jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(sizes_E) - sizes_E), rows)
+    starts_E = jnp.cumsum(padded_E) - padded_E
+    shift_E = jnp.append(starts_E - (jnp.cumsum(sizes_E) - sizes_E), rows)
     expert_of_sorted_P = expert_P[sorted_P]
     row_of_sorted_P = jnp.where(expert_of_sorted_P < num_experts, jnp.arange(pairs) + shift_E[expert_of_sorted_P], rows)
     row_P = jnp.zeros(pairs, jnp.int32).at[sorted_P].set(row_of_sorted_P.astype(jnp.int32), unique_indices=True)
-    pair_M = jnp.full(rows, pairs, jnp.int32).at[row_of_sorted_P].set(sorted_P.astype(jnp.int32), mode="drop")
-    return ExpertOrder(pair_M, row_P.reshape(local_experts_NK.shape), sizes_E)
+    return _inverse(row_P.reshape(local_NK.shape), rows), sizes_E, starts_E
+
+
+def _inverse(row_NK: jax.Array, rows: int) -> Order:
+    pairs = row_NK.size
+    pair_M = jnp.full(rows, pairs, jnp.int32).at[row_NK.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+    return Order(pair_M, row_NK)
+
+
+def _swap(x_MD: jax.Array) -> jax.Array:
+    """The X blocks of rows, one for each device of the expert row, change places: block j of device i becomes block i of j."""
+    return lax.all_to_all(x_MD, "expert", split_axis=0, concat_axis=0, tiled=True)
 
 
 def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -84,26 +191,35 @@ def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def take_rows(x_ND: jax.Array, order: ExpertOrder) -> jax.Array:
-    """Every token's row once for each of its pairs, in expert order: [M, D], padding rows zero."""
-    k = order.row_NK.shape[1]
-    return _gather(x_ND, order.pair_M // k)
-
-
-def _take_rows_forward(x_ND, order):
-    return take_rows(x_ND, order), order
-
-
-def _take_rows_backward(order, g_MD):
-    return _gather(g_MD, order.row_NK).astype(jnp.float32).sum(axis=1).astype(g_MD.dtype), None
-
-
-take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+def take_rows(x_ND: jax.Array, order: Order) -> jax.Array:
+    """Every token's row once for each of its pairs, in order: [M, D], rows that hold no pair zero. Transpose: `add_rows`."""
+    return _gather(x_ND, order.pair_M // order.row_NK.shape[1])
 
 
 @jax.custom_vjp
-def sum_rows(rows_MD: jax.Array, weights_NK: jax.Array, order: ExpertOrder) -> jax.Array:
-    """sum_k weights[n, k] * rows[row of pair n, k]: [N, D] float32."""
+def add_rows(rows_MD: jax.Array, order: Order) -> jax.Array:
+    """The sum of each token's rows: float32 [N, D]. Transpose: `take_rows`."""
+    return _gather(rows_MD, order.row_NK).astype(jnp.float32).sum(axis=1)
+
+
+def _like(x: jax.Array) -> jax.Array:
+    """Nothing but x's dtype, for a backward pass."""
+    return jnp.zeros(0, x.dtype)
+
+
+take_rows.defvjp(
+    lambda x_ND, order: (take_rows(x_ND, order), order),
+    lambda order, g_MD: (add_rows(g_MD, order).astype(g_MD.dtype), None),
+)
+add_rows.defvjp(
+    lambda rows_MD, order: (add_rows(rows_MD, order), (_like(rows_MD), order)),
+    lambda saved, g_ND: (take_rows(g_ND.astype(saved[0].dtype), saved[1]), None),
+)
+
+
+@jax.custom_vjp
+def sum_rows(rows_MD: jax.Array, weights_NK: jax.Array, order: Order) -> jax.Array:
+    """sum_k weights[n, k] * rows[row of pair n, k]: float32 [N, D]."""
     rows_NKD = _gather(rows_MD, order.row_NK).astype(jnp.float32)
     return (rows_NKD * weights_NK[..., None]).sum(axis=1)
 
@@ -122,3 +238,25 @@ def _sum_rows_backward(saved, g_ND):
 
 
 sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
+
+
+@jax.custom_vjp
+def gather_tokens(x_ND: jax.Array) -> jax.Array:
+    """The tokens of all devices of the expert row: [X N, D]. Transpose: `sum_partials`, which rounds once."""
+    return lax.all_gather(x_ND, "expert", tiled=True)
+
+
+@jax.custom_vjp
+def sum_partials(partial_MD: jax.Array) -> jax.Array:
+    """The sum over the expert row of its devices' results [X N, D] for this device's tokens: float32 [N, D]."""
+    return _swap(partial_MD).reshape(lax.axis_size("expert"), -1, partial_MD.shape[1]).astype(jnp.float32).sum(axis=0)
+
+
+gather_tokens.defvjp(
+    lambda x_ND: (gather_tokens(x_ND), None),
+    lambda _, g_MD: (sum_partials(g_MD).astype(g_MD.dtype),),
+)
+sum_partials.defvjp(
+    lambda partial_MD: (sum_partials(partial_MD), _like(partial_MD)),
+    lambda like, g_ND: (gather_tokens(g_ND.astype(like.dtype)),),
+)

@@ -1,16 +1,78 @@
-"""Every PartitionSpec of the program, named once.
+"""Every PartitionSpec of the program, named once, and where parameters lie: in use, and at rest.
 
 Letters: L layers, B batch, T positions, D model, C latent, E experts, F expert hidden. A name's suffix is the shape it is for.
 """
 
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-BATCH = ("data", "expert")  # the axes that split the batch
+from sharding.mesh import AXES
+
+BATCH = AXES  # the axes that split the batch
 
 replicated = P()
 tokens_BT = P(BATCH, None)
+microbatches_ABT = P(None, BATCH, None)
 activations_BTD = P(BATCH, None, None)
 per_request_B = P(BATCH)
 logits_BV = P(BATCH, None)
 experts_EDF = P("expert", None, None)
 cache_LBSC = P(None, BATCH, None, None)
+
+GATHERED = "gathered"  # the name under which `jax.checkpoint` knows weights that `gather` made whole
+
+
+def in_use(path: tuple[Any, ...], ndim: int) -> P:
+    """Where a parameter lies while it is multiplied: experts over the expert axis, everything else whole on every device."""
+    axes: list[str | None] = [None] * ndim
+    if "experts" in _names(path):
+        axes[ndim - 3] = "expert"
+    return P(*axes)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value").split(".")
+
+
+def _stacked(path: tuple[Any, ...]) -> bool:
+    """Whether the path, from the model's root, is one of a stack of layers."""
+    return len(_names(path)) > 1
+
+
+def at_rest(path: tuple[Any, ...], shape: tuple[int, ...]) -> P:
+    """Where a parameter, its gradient and its optimizer state lie between uses (ZeRO): cut over every mesh axis.
+
+    Each axis that the parameter in use leaves free cuts the dimension that is longest by then, of those it divides evenly; a
+    parameter that none divides stays whole on that axis. Stacked layers are never cut apart.
+    """
+    axes = [() if axis is None else (axis,) for axis in in_use(path, len(shape))]
+    sizes = list(shape)
+    mesh = jax.sharding.get_abstract_mesh()
+    for dim, names in enumerate(axes):
+        sizes[dim] //= mesh.shape[names[0]] if names else 1
+    for axis in AXES:
+        cut = mesh.shape[axis]
+        fits = [dim for dim in range(_stacked(path), len(shape)) if sizes[dim] % cut == 0]
+        if cut > 1 and fits and (axis,) not in axes:
+            dim = max(fits, key=lambda dim: sizes[dim])
+            sizes[dim] //= cut
+            axes[dim] = (*axes[dim], axis)
+    return P(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def gather(tree: Any, *, stacks: bool = True) -> Any:
+    """Parameters as they are in use. The backward pass scatters the sum of their gradients to where they rest.
+
+    `stacks=False` leaves the stacks of layers as they are, for a scan to gather a layer at a time.
+    """
+
+    def whole(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
+        spec = in_use(path, w.ndim)
+        if jax.typeof(w).sharding.spec == spec or (_stacked(path) and not stacks):
+            return w  # without a name, so that nothing is kept twice
+        return checkpoint_name(jax.reshard(w, spec), GATHERED)
+
+    return jax.tree.map_with_path(whole, tree)
