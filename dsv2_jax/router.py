@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax.config import ModelConfig
+from dsv2_jax.fields import InputError
+from sharding import specs
 
 
 class Routing(NamedTuple):
@@ -34,10 +36,10 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
     allowed_BTE = scores_BTE
     if cfg.topk_method == "group_limited_greedy":
         grouped_BTGX = scores_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
-        _, groups_BTM = jax.lax.top_k(grouped_BTGX.max(axis=-1), cfg.topk_group)
+        _, groups_BTM = _top_k(grouped_BTGX.max(axis=-1), cfg.topk_group)
         chosen_BTG = jax.nn.one_hot(groups_BTM, cfg.n_group, dtype=bool).any(axis=-2)
         allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, 0.0).reshape(scores_BTE.shape)
-    affinities_BTK, experts_BTK = jax.lax.top_k(allowed_BTE, cfg.num_experts_per_tok)
+    affinities_BTK, experts_BTK = _top_k(allowed_BTE, cfg.num_experts_per_tok)
     if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
         weights_BTK = affinities_BTK / (
             affinities_BTK.sum(axis=-1, keepdims=True) + 1e-20
@@ -47,8 +49,19 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
     return Routing(experts_BTK, weights_BTK, affinities_BTK, scores_BTE)
 
 
+def _top_k(values_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` where the tokens are: left to itself, the compiler may gather the whole batch for it."""
+    return jax.shard_map(lambda values: jax.lax.top_k(values, k), out_specs=specs.activations_BTD)(values_BTE)
+
+
 def reach(cfg: ModelConfig, devices: int) -> tuple[int, float]:
-    """Of `devices` that share the experts, in order: how many a token needs, at most and in the mean under uniform routing."""
+    """Of `devices` that share the experts, in order: how many a token needs, at most and in the mean under uniform routing.
+
+    Raises: InputError, if the devices cannot share the experts evenly, or groups and devices cut each other.
+    """
+    if cfg.n_routed_experts % devices or (devices % cfg.n_group and cfg.n_group % devices):
+        told = f"a divisor of n_routed_experts={cfg.n_routed_experts} that divides n_group={cfg.n_group} or is a multiple of it"
+        raise InputError(f"mesh: expert={devices}, expected {told}")
 
     def missing(all_items: int, taken: int) -> float:
         """The chance that none of `taken` items lies on one given device."""

@@ -1,20 +1,26 @@
 """Rows in expert order, and routed experts against a loop over tokens, on several meshes and with every kind of load."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
-from sharding import specs
-from sharding.expert_parallel import expert_order, routed_experts
+from sharding import expert_parallel, specs
+from sharding.expert_parallel import expert_order, routed_experts, slots_per_device
 from sharding.mesh import make_mesh
 
-B, T, D, E, K = 8, 6, 16, 8, 3
+B, T, D, E, K = 8, 24, 16, 8, 3
+NONE = E  # the id of a dropped pair
 LOADS = {
     "spread": lambda rng: np.argsort(rng.random((B, T, E)), axis=-1)[..., :K],
     "few experts used": lambda rng: np.broadcast_to([0, 1, 2], (B, T, K)),
     "last device only": lambda rng: np.broadcast_to([5, 6, 7], (B, T, K)),
+    "one expert, the others dropped": lambda rng: np.broadcast_to([NONE, 3, NONE], (B, T, K)),
+    "all dropped": lambda rng: np.full((B, T, K), NONE),
+    "half dropped": lambda rng: np.where(rng.random((B, T, K)) < 0.5, NONE, np.argsort(rng.random((B, T, E)), axis=-1)[..., :K]),
 }
 
 
@@ -29,13 +35,17 @@ def operands(load):
     )
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (1, 8), (2, 4)])
-@pytest.mark.parametrize("load", LOADS)
-def test_routed_experts_equal_a_loop_over_tokens(mesh_shape, load):
+def expert_fn(rows_MD, w_EDF, sizes_E, unit):
+    return grouped_matmul(rows_MD, w_EDF, sizes_E, row_unit=unit)
+
+
+def compare(load, mesh_shape, dispatch):
+    """Value and gradients of the dispatch and of a loop over tokens."""
     x, experts, weights, w = operands(load)
 
     def loop(x, weights, w):
-        return jnp.einsum("btk,btd,btkdf->btf", weights, x, w[experts])
+        here = jnp.asarray(experts != NONE, jnp.float32)
+        return jnp.einsum("btk,btd,btkdf->btf", weights * here, x, w[np.minimum(experts, E - 1)])
 
     wanted, wanted_vjp = jax.vjp(loop, x, weights, w)
     with jax.set_mesh(make_mesh(*mesh_shape)):
@@ -46,8 +56,10 @@ def test_routed_experts_equal_a_loop_over_tokens(mesh_shape, load):
                 jax.reshard(jnp.asarray(experts), specs.activations_BTD),
                 jax.reshard(weights, specs.activations_BTD),
                 jax.reshard(w, specs.experts_EDF),
-                lambda rows_MD, w_EDF, sizes_E, unit: grouped_matmul(rows_MD, w_EDF, sizes_E, row_unit=unit),
-                E,
+                expert_fn,
+                num_experts=E,
+                reach=(min(K, mesh_shape[1]), min(K, mesh_shape[1])),
+                dispatch=dispatch,
             )
 
         got, got_vjp = jax.vjp(jax.jit(run), *map(jnp.asarray, (x, weights, w)))
@@ -57,35 +69,57 @@ def test_routed_experts_equal_a_loop_over_tokens(mesh_shape, load):
         np.testing.assert_allclose(gradient, expected, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "mesh_shape, dispatch", [((1, 1), None), ((4, 2), "all_to_all"), ((2, 4), "all_gather"), ((1, 8), "all_to_all")]
+)
+@pytest.mark.parametrize("load", LOADS)
+def test_routed_experts_equal_a_loop_over_tokens(mesh_shape, dispatch, load):
+    compare(load, mesh_shape, dispatch)
+
+
+@pytest.mark.parametrize("mesh_shape, dispatch", [((2, 4), "all_to_all"), ((1, 2), "all_to_all"), ((1, 4), "all_gather")])
+@pytest.mark.parametrize("load", ["spread", "last device only", "half dropped"])
+def test_what_does_not_fit_travels_and_is_multiplied_in_further_rounds(mesh_shape, dispatch, load, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "SLACK", 0.25)
+    if mesh_shape == (2, 4):
+        assert slots_per_device(B * T // 8, 4, 3) <= B * T // 8 // 3  # of a message; else few wait
+    compare(load, mesh_shape, dispatch)
+
+
 @pytest.mark.parametrize("unit", [1, 8])
 def test_expert_order_is_a_permutation_of_the_local_pairs(unit):
     rng = np.random.default_rng(1)
     local = rng.integers(-3, 8, (20, K)).astype(np.int32)  # 5 experts here, the others elsewhere
-    order = expert_order(jnp.asarray(local), 5, unit)
+    order, sizes_E, starts_E = expert_order(jnp.asarray(local), 5, unit, 128)
     pair_M, row_NK = np.asarray(order.pair_M), np.asarray(order.row_NK)
+    assert pair_M.size == 128
     mine = (local >= 0) & (local < 5)
     assert (row_NK[~mine] == pair_M.size).all()
     np.testing.assert_array_equal(pair_M[row_NK[mine]], np.flatnonzero(mine))
     assert (pair_M == local.size).sum() == pair_M.size - mine.sum()
-    np.testing.assert_array_equal(order.group_sizes_E, np.bincount(local[mine], minlength=5))
-    starts = np.cumsum(-(-np.asarray(order.group_sizes_E) // unit) * unit) - (-(-np.asarray(order.group_sizes_E) // unit) * unit)
+    np.testing.assert_array_equal(sizes_E, np.bincount(local[mine], minlength=5))
+    padded = -(-np.asarray(sizes_E) // unit) * unit
+    starts = np.cumsum(padded) - padded
+    np.testing.assert_array_equal(starts_E, starts)
     for e in range(5):
         rows = np.sort(row_NK[local == e])
         np.testing.assert_array_equal(rows, starts[e] + np.arange(rows.size))
         np.testing.assert_array_equal(pair_M[rows], np.flatnonzero(local == e))  # ties in order of the pair
 
 
-def test_the_backward_pass_scatters_no_rows():
+@pytest.mark.parametrize("mesh_shape, dispatch", [((1, 1), None), ((1, 2), "all_to_all"), ((1, 2), "all_gather")])
+def test_the_backward_pass_scatters_no_rows(mesh_shape, dispatch):
     x, experts, weights, w = operands("spread")
 
     def total(x, weights, w):
-        expert_fn = lambda rows_MD, w_EDF, sizes_E, unit: grouped_matmul(rows_MD, w_EDF, sizes_E, row_unit=unit)  # noqa: E731
-        return routed_experts(x, jnp.asarray(experts), weights, w, expert_fn, E).sum()
+        reach = (mesh_shape[1], mesh_shape[1])
+        return routed_experts(x, place(experts), weights, w, expert_fn, num_experts=E, reach=reach, dispatch=dispatch).sum()
 
-    place = [
-        jax.reshard(jnp.asarray(a), s)
-        for a, s in zip((x, weights, w), (specs.activations_BTD, specs.activations_BTD, specs.experts_EDF))
-    ]
-    text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*place).as_text()
-    row_scatters = [line for line in text.splitlines() if "stablehlo.scatter" in line and f"x{D}xf32" in line]
-    assert row_scatters == []
+    def place(a, spec=specs.activations_BTD):
+        return jax.reshard(jnp.asarray(a), spec)
+
+    with jax.set_mesh(make_mesh(*mesh_shape)):
+        text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(place(x), place(weights), place(w, specs.experts_EDF)).as_text()
+    assert "stablehlo.scatter" in text  # of integers
+    scatters = re.findall(r"stablehlo\.scatter.*?\}\) : \((.*?)\)", text, re.DOTALL)
+    assert scatters and [types for types in scatters if f"x{D}xf32" in types] == []

@@ -1,4 +1,4 @@
-"""Routing against the paper's rule written naively, and the balance loss at its known values."""
+"""Routing and the balance losses against the paper's equations written naively, and at their known values."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dsv2_jax import config
-from dsv2_jax.router import Routing, expert_balance, expert_load, route
+from dsv2_jax.fields import InputError
+from dsv2_jax.router import Routing, balance, expert_load, reach, route
 
 CFG = dataclasses.replace(config.tiny(), routed_scaling_factor=16.0)  # 16 experts in 8 groups, 3 groups and 4 experts a token
 
@@ -57,20 +58,88 @@ def test_router_works_in_float32_whatever_the_input():
     np.testing.assert_array_equal(low.scores_BTE, high.scores_BTE)
 
 
+def naive_balance(experts_BTK, scores_BTE, cfg):
+    """Equations 23-31 without the coefficients, sequence by sequence; and the released code's form over all tokens."""
+    E, K, D, M = cfg.n_routed_experts, cfg.num_experts_per_tok, cfg.n_group, cfg.topk_group
+    per_group = E // D
+
+    def of(experts_TK, scores_TE):
+        T = len(experts_TK)
+        f = [E / (K * T) * sum(i in chosen for chosen in experts_TK.tolist()) for i in range(E)]
+        P = [sum(scores_TE[t][i] for t in range(T)) / T for i in range(E)]
+        groups = [range(d * per_group, (d + 1) * per_group) for d in range(D)]
+        f1 = [sum(f[j] for j in group) / len(group) for group in groups]
+        P1 = [sum(P[j] for j in group) for group in groups]
+        f2 = [D / (M * T) * sum(any(j in chosen for j in group) for chosen in experts_TK.tolist()) for group in groups]
+        return [sum(a * b for a, b in zip(*pair)) for pair in ((f, P), (f1, P1), (f2, P1))]
+
+    each = np.mean([of(*sequence) for sequence in zip(experts_BTK, scores_BTE)], axis=0)
+    joint = of(experts_BTK.reshape(-1, K), scores_BTE.reshape(-1, E))[0]
+    return dict(zip(("expert_balance", "device_balance", "comm_balance", "batch_balance"), [*each, joint]))
+
+
+def test_balance_losses_are_the_equations():
+    x_BTD, w_DE = jax.random.normal(jax.random.key(0), (3, 20, 128)), jax.random.normal(jax.random.key(1), (128, 16)) * 0.3
+    routing = route(x_BTD, w_DE, CFG)
+    wanted = naive_balance(np.asarray(routing.experts_BTK), np.asarray(routing.scores_BTE, np.float64), CFG)
+    got = balance(routing, CFG)
+    assert len({round(value, 3) for value in wanted.values()}) == 4  # else one could stand for another
+    for name, value in wanted.items():
+        assert float(got[name]) == pytest.approx(value, rel=1e-5), name
+
+
+def test_the_gradient_of_balance_flows_through_the_scores_alone():
+    x_BTD, w_DE = jax.random.normal(jax.random.key(0), (3, 20, 128)), jax.random.normal(jax.random.key(1), (128, 16)) * 0.3
+    routing = route(x_BTD, w_DE, CFG)
+    for name in ("expert_balance", "device_balance", "comm_balance", "batch_balance"):
+        whole = jax.grad(lambda w, name=name: balance(route(x_BTD, w, CFG), CFG)[name])(w_DE)
+        fixed = jax.grad(lambda w, name=name: balance(routing._replace(scores_BTE=route(x_BTD, w, CFG).scores_BTE), CFG)[name])(
+            w_DE
+        )
+        np.testing.assert_allclose(whole, fixed, atol=1e-9)
+        assert np.abs(whole).max() > 1e-5
+
+
 def test_perfect_balance_gives_one_and_collapse_more():
-    tokens = 8
-    experts_BTK = jnp.arange(2 * tokens * 4).reshape(2, tokens, 4) % 16  # every expert twice a sequence
-    uniform = Routing(experts_BTK, jnp.ones((2, tokens, 4)), jnp.full((2, tokens, 16), 1 / 16))
-    assert float(expert_balance(uniform, CFG)) == pytest.approx(1.0)
-    np.testing.assert_array_equal(expert_load(experts_BTK, 16), 2)
-    collapsed = Routing(
-        jnp.zeros_like(experts_BTK) + jnp.arange(4), uniform.weights_BTK, jnp.zeros((2, tokens, 16)).at[..., :4].set(0.25)
+    tokens = 16
+    experts_BTK = np.arange(2 * tokens * 4).reshape(2, tokens, 4) % 16  # every expert four times a sequence
+    reached = np.stack([np.arange(tokens) + shift for shift in (0, 1, 2)], axis=-1) % 8  # exactly three groups a token
+    experts_BTK[1] = np.concatenate([2 * reached, 2 * reached[:, :1] + 1], axis=-1)
+    uniform = Routing(jnp.asarray(experts_BTK), *jnp.ones((2, 2, tokens, 4)), jnp.full((2, tokens, 16), 1 / 16))
+    got = balance(uniform, CFG)
+    assert float(got["expert_balance"]) == pytest.approx(1.0)
+    assert float(got["device_balance"]) == pytest.approx(1.0)
+    np.testing.assert_array_equal(expert_load(uniform.experts_BTK, 16)[0], 4)
+    second = jax.tree.map(lambda a: a[1:], uniform)
+    assert float(balance(second, CFG)["comm_balance"]) == pytest.approx(1.0)
+    first = jax.tree.map(lambda a: a[:1], uniform)
+    assert float(balance(first, CFG)["comm_balance"]) == pytest.approx(2 / 3)  # two groups a token where three are allowed
+    collapsed = uniform._replace(
+        experts_BTK=jnp.zeros_like(uniform.experts_BTK) + jnp.arange(4),
+        scores_BTE=jnp.zeros((2, tokens, 16)).at[..., :4].set(0.25),
     )
-    assert float(expert_balance(collapsed, CFG)) == pytest.approx(4.0)
+    assert float(balance(collapsed, CFG)["expert_balance"]) == pytest.approx(4.0)
 
 
-def test_balance_is_per_sequence():
-    """Two sequences that are each unbalanced do not balance each other out."""
+def test_balance_is_per_sequence_but_for_the_released_variant():
+    """Two sequences that are each unbalanced balance each other out in the latter alone."""
     experts_BTK = jnp.stack([jnp.tile(jnp.arange(4), (8, 1)), jnp.tile(jnp.arange(4, 8), (8, 1))])
     scores_BTE = jax.nn.one_hot(experts_BTK, 16).sum(axis=2) / 4
-    assert float(expert_balance(Routing(experts_BTK, jnp.ones((2, 8, 4)), scores_BTE), CFG)) == pytest.approx(4.0)
+    got = balance(Routing(experts_BTK, *jnp.ones((2, 2, 8, 4)), scores_BTE), CFG)
+    assert float(got["expert_balance"]) == pytest.approx(4.0)
+    assert float(got["batch_balance"]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("cfg", [CFG, dataclasses.replace(CFG, topk_method="greedy", n_group=1, topk_group=1)])
+def test_reach_is_what_uniform_routing_does(cfg):
+    scores_BTE = jax.random.uniform(jax.random.key(0), (1, 4000, 16))
+    experts_TK = np.asarray(route(jnp.log(scores_BTE), jnp.eye(16), cfg).experts_BTK)[0]
+    for devices in (1, 2, 4, 8, 16):
+        counts = [len(set(chosen // (16 // devices))) for chosen in experts_TK]
+        most, mean = reach(cfg, devices)
+        assert max(counts) == most and mean == pytest.approx(np.mean(counts), rel=0.15), devices
+
+
+def test_an_expert_axis_that_cuts_groups_apart_unevenly_is_refused():
+    with pytest.raises(InputError, match="expert=3"):
+        reach(CFG, 3)

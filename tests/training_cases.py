@@ -33,13 +33,17 @@ def new_state(config: TrainConfig = TRAIN) -> TrainState:
     return train_state.start(jax.tree.unflatten(jax.tree.structure(like), leaves), config)
 
 
-def batch() -> train_state.Batch:
-    """Two documents a row, the end of a row padding."""
-    tokens = np.random.default_rng(0).integers(2, 64, (8, 17)).astype(np.int32)
-    segments = np.tile(np.repeat([1, 2, 0], [6, 8, 2]), (8, 1)).astype(np.int32)
-    positions = np.tile([*range(6), *range(8), *range(2)], (8, 1)).astype(np.int32)
+def batch(microbatches: int = 1, stop: bool = False) -> train_state.Batch:
+    """16 rows of two documents, the end of a row padding, cut into microbatches."""
+    tokens = np.random.default_rng(0).integers(2, 64, (16, 17)).astype(np.int32)
+    segments = np.tile(np.repeat([1, 2, 0], [6, 8, 2]), (16, 1)).astype(np.int32)
+    positions = np.tile([*range(6), *range(8), *range(2)], (16, 1)).astype(np.int32)
     given = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segments}
-    return train_state.place(given | {"loss_mask": (segments > 0).astype(np.float32)})
+    given["loss_mask"] = (segments > 0).astype(np.float32)
+    parts = [
+        {name: part for name, part in zip(given, arrays)} for arrays in zip(*(np.split(a, microbatches) for a in given.values()))
+    ]
+    return train_state.place(parts, microbatches, stop)
 
 
 def numpy(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:

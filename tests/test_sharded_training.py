@@ -1,0 +1,99 @@
+"""One device = eight: the loss and every gradient of a training step on every mesh, however it is run; and what travels."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from training_cases import MODEL, TRAIN, batch, new_state, numpy
+
+from dsv2_jax import model, train_state
+from sharding.mesh import make_mesh
+
+SEQ_LEN = 40  # a dimension of nothing else
+BOUND = 1e-5  # relative, ||a - b|| / ||b|| per tensor, float32 (design: numerics)
+# Every pair of settings occurs, not every combination.
+SETTINGS = [
+    # mesh (data, expert), zero, dispatch, remat, microbatches
+    ((8, 1), 1, "all_to_all", "none", 1),
+    ((8, 1), 3, "all_gather", "full", 2),
+    ((1, 8), 3, "all_to_all", "full", 1),
+    ((1, 8), 1, "all_gather", "none", 2),
+    ((4, 2), 1, "all_gather", "full", 1),
+    ((4, 2), 3, "all_to_all", "none", 2),
+    ((2, 4), 3, "all_gather", "none", 1),
+    ((2, 4), 1, "all_to_all", "full", 2),
+]
+
+
+def gradients(mesh_shape, microbatches=1, **fields):
+    config = dataclasses.replace(TRAIN, **fields)
+    with jax.set_mesh(make_mesh(*mesh_shape)):
+        grads, sums = jax.jit(train_state.gradient, static_argnums=2)(new_state(config), batch(microbatches), config)
+        return numpy(model.parameters(grads)), numpy(sums)
+
+
+@functools.cache
+def one_device():
+    return gradients((1, 1))
+
+
+@pytest.mark.parametrize("mesh_shape, zero, dispatch, remat, microbatches", SETTINGS)
+def test_one_device_equals_eight(mesh_shape, zero, dispatch, remat, microbatches):
+    grads, sums = gradients(mesh_shape, microbatches, zero=zero, dispatch=dispatch, remat=remat)
+    wanted, wanted_sums = one_device()
+    assert wanted_sums["dropped"].sum() > 0
+    for name, value in wanted_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=BOUND, err_msg=name)
+    for name, gradient in wanted.items():
+        assert np.linalg.norm(grads[name] - gradient) <= BOUND * np.linalg.norm(gradient), name
+
+
+def collectives(mesh_shape, **fields) -> list[tuple[str, tuple[int, ...]]]:
+    """Kind and result shapes of the collectives in the compiled step."""
+    config = dataclasses.replace(TRAIN, seq_len=SEQ_LEN, **fields)
+    with jax.set_mesh(make_mesh(*mesh_shape)):
+        state, given = train_state.abstract(MODEL, config), train_state.abstract_batch(config)
+        text = train_state.train_step.lower(state, given, config).compile().as_text()
+    kinds = "all-to-all|all-gather|reduce-scatter|all-reduce|collective-permute"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    return [(kind, tuple(map(int, dims.split(",")))) for types, kind in found for dims in re.findall(r"\[([\d,]+)\]", types)]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_layer_exchanges_rows_twice_forward_and_twice_backward_and_gathers_none(remat):
+    """On an expert axis of two devices, where one round always suffices. Rematerialisation keeps what has arrived."""
+    tokens = TRAIN.batch_size * SEQ_LEN // 8
+    found = collectives((4, 2), dispatch="all_to_all", remat=remat)
+    rows = [shape for kind, shape in found if kind == "all-to-all" and shape[-1] == MODEL.hidden_size]
+    exchanged = sum(int(np.prod(shape)) for shape in rows)
+    assert exchanged == 4 * 2 * tokens * MODEL.hidden_size, rows
+    # No activation is gathered or summed over devices: nothing but parameters, gradients and counts.
+    for kind, shape in found:
+        if kind in ("all-gather", "all-reduce", "collective-permute"):
+            assert not {SEQ_LEN, tokens, 2 * tokens} & set(shape), (kind, shape)
+
+
+def test_the_all_gather_variant_gathers_activations():
+    """What the test before looks for is there when it should be."""
+    found = collectives((4, 2), dispatch="all_gather")
+    tokens = TRAIN.batch_size * SEQ_LEN // 8
+    assert ("all-gather", (2 * tokens, MODEL.hidden_size)) in found
+
+
+@pytest.mark.parametrize("zero, gathers", [(1, 1), (3, 2)])
+def test_zero_3_gathers_a_layer_again_in_the_backward_pass(zero, gathers):
+    found = collectives((8, 1), zero=zero, remat="full")
+    experts = (MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size)
+    assert [shape for kind, shape in found if kind == "all-gather"].count(experts) == 2 * gathers  # w_gate and w_up
+
+
+def test_at_rest_parameters_gradients_and_moments_are_cut_over_all_devices():
+    with jax.set_mesh(make_mesh(2, 4)):
+        state = train_state.abstract(MODEL, TRAIN)
+    for name, leaf in train_state.arrays(state).items():
+        here = int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+        whole = int(np.prod(leaf.shape))
+        assert here * 8 == whole or whole < 64, (name, leaf.shape, leaf.sharding.spec)
