@@ -7,6 +7,9 @@ the same line runs in every process; process 0 alone prints.
 import dataclasses
 import itertools
 import json
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
-from dsv2_jax import checkpoint, cli, convert, data, metrics, train_state
+from dsv2_jax import checkpoint, cli, convert, data, dry_run, metrics, train_state
 from dsv2_jax.config import ModelConfig, TrainConfig, finetuning, preset, train_preset
 from dsv2_jax.fields import InputError, override
 from dsv2_jax.router import reach
@@ -87,12 +91,17 @@ def resolve_configs(weights: Weights | None) -> tuple[ModelConfig, TrainConfig]:
     return model_config, train_config
 
 
-def mesh_shape(model_config: ModelConfig, config: TrainConfig, devices: int) -> tuple[int, int]:
-    """The sizes of the axes data and expert, fit for the model and the batch."""
+def parse_shape() -> tuple[int, int]:
+    """--mesh as (data, expert)."""
     try:
-        data_axis, expert_axis = parse_mesh(MESH.value) if MESH.value else (devices, 1)
+        return parse_mesh(MESH.value)
     except ValueError as error:
         raise InputError(f"--mesh={MESH.value}: {error}") from None
+
+
+def mesh_shape(model_config: ModelConfig, config: TrainConfig, devices: int) -> tuple[int, int]:
+    """The sizes of the axes data and expert, fit for the model and the batch."""
+    data_axis, expert_axis = parse_shape() if MESH.value else (devices, 1)
     size = data_axis * expert_axis
     if size > devices:
         raise InputError(f"--mesh={MESH.value}: needs {size} devices, there are {devices}")
@@ -184,6 +193,8 @@ def prepare(run: Run) -> tuple[train_state.TrainState, data.Batches, checkpoint.
     if run.step:
         state, place = checkpoints.restore(run.step, train_state.abstract(run.model, run.train))
         batches.set_state(place)
+        if run.train.fall_back and (moved := checkpoints.move_aside(run.step)):
+            say("damaged checkpoints moved aside:", *moved)
     if is_first():
         temporary = run.workdir / "config.json.tmp"
         temporary.write_text(json.dumps(run.config, indent=2) + "\n")
@@ -306,6 +317,9 @@ def evaluate(run: Run, state: train_state.TrainState) -> float:
 def give_up(run: Run, skipped: int, state: train_state.TrainState, rows: list[data.Batch]) -> None:
     """Ends a run whose steps are all skipped; the parameters are still those that the first of them met."""
     place = run.workdir / "nonfinite"
+    if is_first():
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier attempt
+    multihost_utils.sync_global_devices("room for the state")
     saved = checkpoint.Checkpoints(place, run.config, keep=1)
     saved.save(state, {})
     saved.wait()
@@ -318,11 +332,30 @@ def main() -> None:
     for flag, needed in ((NUM_PROCESSES, COORDINATOR), (PROCESS_ID, COORDINATOR), (GPUS, DRY_RUN)):
         if flag.value is not None and not needed.value:
             raise InputError(f"--{flag.name} is of use with --{needed.name} alone")
+    if DRY_RUN.value:
+        return plan()
     cli.cache_compilations()
     start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     run = resolve()
     with jax.set_mesh(make_mesh(*mesh_shape(run.model, run.train, jax.device_count()))):
-        train(run, STEPS.value or run.train.schedule_steps)
+        try:
+            train(run, STEPS.value or run.train.schedule_steps)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            told = " ".join(str(error).split())[:300]
+            print(f"error: lost another process of this run, or its device ({told}); start all again to go on", file=sys.stderr)
+            os._exit(1)  # an orderly end would wait for the others
+
+
+def plan() -> None:
+    """The dry run."""
+    weights = convert.open_checkpoint(INIT_FROM.value) if INIT_FROM.value else None
+    model_config, train_config = resolve_configs(weights)
+    with jax.set_mesh(dry_run.absent_mesh(GPUS.value, GPU.value, parse_shape() if MESH.value else None)) as mesh:
+        if model_config.n_routed_experts is not None:
+            reach(model_config, mesh.shape["expert"])
+        dry_run.report(model_config, train_config, GPU.value, Path(WORKDIR.value) if WORKDIR.value else None)
 
 
 if __name__ == "__main__":

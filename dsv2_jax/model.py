@@ -105,12 +105,11 @@ class Decoder(nnx.Module):
             layer, layer_cache = layer_and_cache
             return specs.gather(layer)(x_BTD, ctx, layer_cache, absorbed)
 
-        policies = jax.checkpoint_policies
         if remat:
             kept = (ARRIVED,) if regather else (ARRIVED, specs.GATHERED)
-            layer_step = jax.checkpoint(layer_step, policy=policies.save_only_these_names(*kept))
+            layer_step = jax.checkpoint(layer_step, policy=jax.checkpoint_policies.save_only_these_names(*kept))
         elif regather:
-            layer_step = jax.checkpoint(layer_step, policy=policies.save_anything_except_these_names(specs.GATHERED))
+            layer_step = jax.checkpoint(layer_step, policy=specs.keep_all_but_gathered)
         caches, stats, first = [], [], 0
         for kind, start, length in self.cfg.runs:
             layers = _layers(getattr(self, kind), start, start + length)

@@ -9,6 +9,7 @@ Every axis is `AxisType.Explicit` and always present; an unused one has size 1, 
 Devices of one host are neighbours on the expert axis, whose exchanges need the faster links.
 """
 
+import faulthandler
 import math
 import os
 from collections.abc import Sequence
@@ -54,4 +55,5 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
     kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
     if coordinator or slurm or kubernetes:
+        faulthandler.disable()  # a process that has lost another aborts with one line that says so, and needs no traceback
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_S)

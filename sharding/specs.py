@@ -3,6 +3,7 @@
 Letters: L layers, B batch, T positions, D model, C latent, E experts, F expert hidden. A name's suffix is the shape it is for.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -33,6 +34,11 @@ def in_use(path: tuple[Any, ...], ndim: int) -> P:
     return P(*axes)
 
 
+def keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: `save_anything_except_these_names` would keep what is yet to be named, and casts of what is."""
+    return primitive.name not in ("reshard", "pvary") and params.get("name") != GATHERED
+
+
 def _names(path: tuple[Any, ...]) -> list[str]:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value").split(".")
 
@@ -45,21 +51,20 @@ def _stacked(path: tuple[Any, ...]) -> bool:
 def at_rest(path: tuple[Any, ...], shape: tuple[int, ...]) -> P:
     """Where a parameter, its gradient and its optimizer state lie between uses (ZeRO): cut over every mesh axis.
 
-    Each axis that the parameter in use leaves free cuts the dimension that is longest by then, of those it divides evenly; a
-    parameter that none divides stays whole on that axis. Stacked layers are never cut apart.
+    The axes that the parameter in use leaves free cut its longest dimension that they divide evenly together (so that one
+    reduce-scatter brings the gradient there); or else each its own; what none divides stays whole. Layers are never cut apart.
     """
     axes = [() if axis is None else (axis,) for axis in in_use(path, len(shape))]
-    sizes = list(shape)
     mesh = jax.sharding.get_abstract_mesh()
-    for dim, names in enumerate(axes):
-        sizes[dim] //= mesh.shape[names[0]] if names else 1
-    for axis in AXES:
-        cut = mesh.shape[axis]
+    sizes = [size // math.prod(mesh.shape[name] for name in names) for size, names in zip(shape, axes)]
+    free = tuple(axis for axis in AXES if (axis,) not in axes and mesh.shape[axis] > 1)
+    for together in (free, *((axis,) for axis in free)):
+        cut = math.prod(mesh.shape[axis] for axis in together)
         fits = [dim for dim in range(_stacked(path), len(shape)) if sizes[dim] % cut == 0]
-        if cut > 1 and fits and (axis,) not in axes:
+        if fits and not any(set(together) & set(names) for names in axes):
             dim = max(fits, key=lambda dim: sizes[dim])
             sizes[dim] //= cut
-            axes[dim] = (*axes[dim], axis)
+            axes[dim] += together
     return P(*(names[0] if len(names) == 1 else names or None for names in axes))
 
 

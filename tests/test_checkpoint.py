@@ -21,6 +21,7 @@ from training_cases import MODEL, TRAIN, batch, new_state, numpy
 
 from dsv2_jax import checkpoint, convert, model, train_state
 from dsv2_jax.checkpoint import Checkpoints, WorkdirWeights
+from dsv2_jax.checksum import checksums, chunk_checksum
 from dsv2_jax.fields import InputError
 from dsv2_jax.train_state import TrainState
 from sharding.mesh import make_mesh
@@ -175,7 +176,7 @@ def test_no_checkpoint_or_another_programs_is_told(tmp_path):
 
 def host_checksums(array: np.ndarray, stacked: int) -> np.ndarray:
     shape = array.shape[:stacked]
-    return np.stack([checkpoint.chunk_checksum(array[chunk]) for chunk in np.ndindex(shape)]).reshape(*shape, 2)
+    return np.stack([chunk_checksum(array[chunk]) for chunk in np.ndindex(shape)]).reshape(*shape, 2)
 
 
 def numbers(dtype: str, *shape: int) -> np.ndarray:
@@ -197,7 +198,7 @@ def test_checksums_do_not_depend_on_mesh_sharding_or_device(mesh, dtype):
         ]:
             array = numbers(dtype, *shape)
             placed = jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), spec))
-            sums = checkpoint.checksums(placed, stacked)
+            sums = checksums(placed, stacked)
             assert sums.dtype == np.uint32 and np.array_equal(sums, host_checksums(array, stacked)), shape
 
 
@@ -205,19 +206,19 @@ def test_checksums_of_eight_bytes():
     with jax.enable_x64(True):
         for dtype in ("float64", "int64"):
             array = numbers(dtype, 2, 3, 5)
-            assert np.array_equal(checkpoint.checksums(jnp.asarray(array), 1), host_checksums(array, 1))
+            assert np.array_equal(checksums(jnp.asarray(array), 1), host_checksums(array, 1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "float64"])
 def test_any_flipped_bit_changes_both_sums(dtype):
     array = numbers(dtype, 4, 6)
-    before = checkpoint.chunk_checksum(array)
+    before = chunk_checksum(array)
     flat = array.reshape(-1).view(np.uint8)
     for bit in range(8 * flat.size):
         flat[bit // 8] ^= 1 << bit % 8
-        assert (checkpoint.chunk_checksum(array) != before).all(), bit
+        assert (chunk_checksum(array) != before).all(), bit
         flat[bit // 8] ^= 1 << bit % 8
-    assert np.array_equal(checkpoint.chunk_checksum(array), before)
+    assert np.array_equal(chunk_checksum(array), before)
 
 
 def test_moved_values_change_the_checksum():
@@ -232,9 +233,7 @@ def test_moved_values_change_the_checksum():
         "transposed": array.reshape(1024, 64).T,
         "zeroed": np.where(np.arange(64)[:, None] == 3, 0, array),
     }
-    sums = {name: tuple(checkpoint.chunk_checksum(x)) for name, x in changed.items()} | {
-        "": tuple(checkpoint.chunk_checksum(array))
-    }
+    sums = {name: tuple(chunk_checksum(x)) for name, x in changed.items()} | {"": tuple(chunk_checksum(array))}
     assert len({first for first, _ in sums.values()}) == len({second for _, second in sums.values()}) == len(sums)
 
 

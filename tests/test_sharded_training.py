@@ -83,9 +83,10 @@ def test_the_all_gather_variant_gathers_activations():
     assert ("all-gather", (2 * tokens, MODEL.hidden_size)) in found
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("zero, gathers", [(1, 1), (3, 2)])
-def test_zero_3_gathers_a_layer_again_in_the_backward_pass(zero, gathers):
-    found = collectives((8, 1), zero=zero, remat="full")
+def test_zero_3_gathers_a_layer_again_in_the_backward_pass(zero, gathers, remat):
+    found = collectives((8, 1), zero=zero, remat=remat)
     experts = (MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size)
     assert [shape for kind, shape in found if kind == "all-gather"].count(experts) == 2 * gathers  # w_gate and w_up
 

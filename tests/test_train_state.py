@@ -63,7 +63,7 @@ def test_objective_is_the_masked_mean_and_the_balance():
     chosen = np.take_along_axis(log_probs, np.asarray(given["targets"])[..., None], -1)[..., 0][
         np.asarray(given["loss_mask"]) > 0
     ]
-    _, total, sums = gradients(dataclasses.replace(TRAIN, capacity_factor=None))
+    _, _, sums = gradients(dataclasses.replace(TRAIN, capacity_factor=None))
     assert sums["loss/lm"] == pytest.approx(-chosen.mean(), rel=1e-5)
     for name, alpha in {"expert_balance": 0.003, "device_balance": 0.05, "comm_balance": 0.02}.items():
         assert sums[f"loss/{name}"] == pytest.approx(alpha * float(stats[name].sum()), rel=1e-5)

@@ -40,9 +40,7 @@ def batch(microbatches: int = 1, stop: bool = False) -> train_state.Batch:
     positions = np.tile([*range(6), *range(8), *range(2)], (16, 1)).astype(np.int32)
     given = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segments}
     given["loss_mask"] = (segments > 0).astype(np.float32)
-    parts = [
-        {name: part for name, part in zip(given, arrays)} for arrays in zip(*(np.split(a, microbatches) for a in given.values()))
-    ]
+    parts = [dict(zip(given, arrays)) for arrays in zip(*(np.split(a, microbatches) for a in given.values()))]
     return train_state.place(parts, microbatches, stop)
 
 
