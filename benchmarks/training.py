@@ -1,14 +1,16 @@
-"""The training step on one and two GPUs, beside Hugging Face's: `PYTHONPATH=. python benchmarks/training.py [--cases=...]`.
+"""The training step on one GPU and several, beside Hugging Face's: `PYTHONPATH=. python benchmarks/training.py [--case=...]`.
 
 A slice of V2-Lite, 1 dense and 5 MoE layers at full width, 4 x 4096 tokens a GPU, float32 master weights and AdamW, nothing
-dropped. `forced`: every expert gets the same number of tokens and its matmul is one batched product, as far as the speed of
-everything else is asked; `natural`: the router of random weights, and the program's own grouped matmul. Prints tokens/s, MFU
-(README's convention), the ratio to one GPU, the time by named scope and what hides the exchange; and the share of tokens that
-another mesh sends to other experts.
+dropped; on four GPUs also one MoE layer of V2, for its device-limited exchange. `forced`: every expert gets the same number of
+tokens and its matmul is one batched product, as far as the speed of everything else is asked; `natural`: the router of random
+weights, and the program's own grouped matmul. Prints tokens/s, MFU (README's convention), the ratio to one GPU, the time by
+named scope and what hides the exchange (CUDA graphs are off for it); and the share of tokens that another mesh sends to other
+experts.
 """
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -25,13 +27,15 @@ import numpy as np
 from absl import app, flags
 
 from dsv2_jax import model, moe, train_state
-from dsv2_jax.config import train_preset, v2_lite
+from dsv2_jax.config import train_preset, v2, v2_lite
 from dsv2_jax.metrics import PEAK_FLOPS
 from sharding import specs
 from sharding.mesh import make_mesh
 
-LAYERS, ROWS, SEQ_LEN, STEPS = 6, 4, 4096, 7
-MODEL = dataclasses.replace(v2_lite(), num_hidden_layers=LAYERS, initializer_range=0.006)
+STEPS, ROWS = 7, 4
+MODEL, SEQ_LEN = dataclasses.replace(v2_lite(), num_hidden_layers=6, initializer_range=0.006), 4096
+# Each expert gets the same number of tokens if 80 divides the length.
+WIDE, WIDE_SEQ_LEN = dataclasses.replace(v2(), num_hidden_layers=2, initializer_range=0.006), 4000
 CASES = {  # mesh (data, expert), zero, dispatch, routing
     "1 GPU, forced": ((1, 1), 1, None, "forced"),
     "1 GPU, natural": ((1, 1), 1, None, "natural"),
@@ -40,9 +44,10 @@ CASES = {  # mesh (data, expert), zero, dispatch, routing
     "expert=2 all_to_all, natural": ((1, 2), 1, "all_to_all", "natural"),
     "data=2 zero=1, forced": ((2, 1), 1, None, "forced"),
     "data=2 zero=3, forced": ((2, 1), 3, None, "forced"),
-    "expert=4 all_to_all, forced": ((1, 4), 1, "all_to_all", "forced"),
-    "expert=4 all_gather, forced": ((1, 4), 1, "all_gather", "forced"),
+    "expert=4, forced": ((1, 4), 1, None, "forced"),
     "data=2,expert=2, forced": ((2, 2), 1, None, "forced"),
+    "V2 expert=4 all_to_all, forced": ((1, 4), 1, "all_to_all", "forced"),
+    "V2 expert=4 all_gather, forced": ((1, 4), 1, "all_gather", "forced"),
 }
 CASE = flags.DEFINE_multi_enum("case", [], list(CASES), "Which; default: all that the GPUs allow, one GPU first.")
 PEER = flags.DEFINE_bool("peer", True, "Also Hugging Face's step, on one GPU.")
@@ -52,14 +57,16 @@ COMMUNICATION = re.compile(r"nccl|all-to-all|all-gather|reduce-scatter|all-reduc
 
 def forced_route(x_BTD, w_router_DE, cfg):
     """Real scores, but experts taken in turn: the same number of tokens each, on every device of the expert axis."""
-    routing = ROUTE(x_BTD, w_router_DE, cfg)
-    place_TK = jnp.arange(x_BTD.shape[1])[:, None] + 11 * jnp.arange(cfg.num_experts_per_tok)
-    return routing._replace(experts_BTK=routing.experts_BTK * 0 + place_TK % cfg.n_routed_experts)
+    routing, t, k = ROUTE(x_BTD, w_router_DE, cfg), jnp.arange(x_BTD.shape[1])[:, None], jnp.arange(cfg.num_experts_per_tok)
+    expert_TK = (t + 11 * k) % cfg.n_routed_experts
+    if cfg.topk_method == "group_limited_greedy":  # two experts of each of three groups
+        size = cfg.n_routed_experts // cfg.n_group
+        expert_TK = (t + 3 * (k // 2)) % cfg.n_group * size + (t // cfg.n_group * 2 + k % 2) % size
+    return routing._replace(experts_BTK=routing.experts_BTK * 0 + expert_TK)
 
 
-def batched_matmul(x_MK, w_EKF, group_sizes_E, row_unit):
-    """What a grouped matmul is when all groups have the same size."""
-    rows = ROWS * SEQ_LEN * MODEL.num_experts_per_tok
+def batched_matmul(x_MK, w_EKF, group_sizes_E, row_unit, *, rows):
+    """What a grouped matmul is when all groups have the same size, `rows` together."""
     x_ERK = x_MK[:rows].reshape(w_EKF.shape[0], -1, x_MK.shape[1])
     out_RF = jnp.einsum("erk,ekf->erf", x_ERK, w_EKF).reshape(rows, -1)
     return jnp.pad(out_RF, ((0, x_MK.shape[0] - rows), (0, 0)))
@@ -68,21 +75,23 @@ def batched_matmul(x_MK, w_EKF, group_sizes_E, row_unit):
 ROUTE, GROUPED_MATMUL = moe.route, moe.grouped_matmul
 
 
-def measure(mesh_shape, zero, dispatch, routing) -> dict:
+def measure(mesh_shape, zero, dispatch, routing, wide: bool) -> dict:
     """Seconds a step (median, least, most), and the trace of two more, by scope."""
-    moe.route, moe.grouped_matmul = (forced_route, batched_matmul) if routing == "forced" else (ROUTE, GROUPED_MATMUL)
+    config, seq_len = (WIDE, WIDE_SEQ_LEN) if wide else (MODEL, SEQ_LEN)
+    batched = functools.partial(batched_matmul, rows=ROWS * seq_len * config.num_experts_per_tok)
+    moe.route, moe.grouped_matmul = (forced_route, batched) if routing == "forced" else (ROUTE, GROUPED_MATMUL)
     jax.clear_caches()
     rows = ROWS * mesh_shape[0] * mesh_shape[1]
-    fields = {"batch_size": rows, "seq_len": SEQ_LEN, "zero": zero, "dispatch": dispatch, "capacity_factor": None}
-    config = dataclasses.replace(train_preset("v2_lite"), **fields)
+    fields = {"batch_size": rows, "seq_len": seq_len, "zero": zero, "dispatch": dispatch, "capacity_factor": None}
+    train = dataclasses.replace(train_preset("v2_lite"), **fields)
     with jax.set_mesh(make_mesh(*mesh_shape)):
-        state = train_state.init(MODEL, config)
-        tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (rows, SEQ_LEN + 1)).astype(np.int32)
-        ones = np.ones((rows, SEQ_LEN), np.int32)
+        state = train_state.init(config, train)
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, seq_len + 1)).astype(np.int32)
+        ones = np.ones((rows, seq_len), np.int32)
         host = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones, "loss_mask": ones.astype(np.float32)}
         batch = train_state.place([host | {"positions": np.cumsum(ones, axis=1, dtype=np.int32) - 1}], 1)
         began = time.perf_counter()
-        step = train_state.train_step.lower(state, batch, config).compile()
+        step = train_state.train_step.lower(state, batch, train).compile()
         compiled = time.perf_counter() - began
         seconds = []
         for i in range(STEPS + 2):
@@ -105,8 +114,8 @@ def measure(mesh_shape, zero, dispatch, routing) -> dict:
         memory = (
             needs.argument_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes + needs.temp_size_in_bytes
         ) / 1e9
-    per_s = rows * SEQ_LEN / statistics.median(seconds)
-    mfu = per_s * MODEL.flops_per_token(SEQ_LEN) / (PEAK_FLOPS["H200"] * rows // ROWS)
+    per_s = rows * seq_len / statistics.median(seconds)
+    mfu = per_s * config.flops_per_token(seq_len) / (PEAK_FLOPS["H200"] * rows // ROWS)
     return {"tokens_per_s": per_s, "mfu": mfu, "ms": [1e3 * f(seconds) for f in (statistics.median, min, max)]} | {
         "compiled_s": compiled,
         "scopes": scopes,
@@ -193,7 +202,7 @@ import statistics, time, torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 torch.manual_seed(0)
 config = DeepseekV2Config(vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-    num_hidden_layers={LAYERS}, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2, n_routed_experts=64,
+    num_hidden_layers={MODEL.num_hidden_layers}, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2, n_routed_experts=64,
     routed_scaling_factor=1.0, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128,
     topk_method="greedy", n_group=1, topk_group=1, num_experts_per_tok=6, first_k_dense_replace=1, max_position_embeddings=8192)
 config._attn_implementation = "sdpa"
@@ -213,6 +222,9 @@ print(statistics.median(times[3:]), min(times[3:]), max(times[3:]), torch.cuda.m
 
 
 def main(_: list[str]) -> None:
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="  # a graph's kernels bear no names
+    )
     peer = None
     if PEER.value:  # first, and in a process of its own: two frameworks do not share the memory well
         done = subprocess.run([sys.executable, "-c", PEER_CODE], capture_output=True, text=True)
@@ -225,11 +237,13 @@ def main(_: list[str]) -> None:
     results = {}
     for name in wanted:
         try:
-            results[name] = measure(*CASES[name])
+            results[name] = measure(*CASES[name], wide=name.startswith("V2"))
             print(name, json.dumps(results[name]), flush=True)
         except Exception as error:  # the others still count
             print(f"{name}: FAILED {type(error).__name__}: {str(error)[:2000]}", flush=True)
-    print(f"\n{jax.devices()[0].device_kind}; {LAYERS} layers, {ROWS} x {SEQ_LEN} tokens a GPU, median of {STEPS} steps")
+    print(
+        f"\n{jax.devices()[0].device_kind}; {MODEL.num_hidden_layers} layers, {ROWS} x {SEQ_LEN} tokens a GPU, median of {STEPS} steps"
+    )
     print("| step | tokens/s | MFU | ms (least, most) | GB | to Hugging Face | to one GPU |\n|---|---|---|---|---|---|---|")
     if peer:
         ms = ", ".join(f"{1e3 * s:.0f}" for s in seconds)
@@ -239,7 +253,7 @@ def main(_: list[str]) -> None:
         (data, expert), *_, routing = CASES[name]
         one = results.get(f"1 GPU, {routing}")
         beside = [f"{r['tokens_per_s'] / peer:.2f}" if peer and data * expert == 1 else "", ""]
-        if one and data * expert > 1:
+        if one and data * expert > 1 and not name.startswith("V2"):
             beside[1] = f"{r['tokens_per_s'] / one['tokens_per_s']:.2f}"
         ms = ", ".join(f"{x:.0f}" for x in r["ms"])
         print(f"| {name} | {r['tokens_per_s']:,.0f} | {r['mfu']:.1%} | {ms} | {r['GB']:.0f} | {' | '.join(beside)} |")

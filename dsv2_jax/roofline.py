@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dsv2_jax.config import ModelConfig, TrainConfig
 from dsv2_jax.router import reach
-from sharding.expert_parallel import slots_per_device
+from sharding.expert_parallel import default_dispatch, slots_per_device
 
 HOST = 8  # GPUs of a host, joined by NVLink
 MATMUL_SHARE = 0.40  # of `Gpu.matmul` over a whole step, assumed: Hugging Face's V2-Lite step was measured at 289 TFLOP/s
@@ -51,9 +51,11 @@ def wire_bytes(model: ModelConfig, train: TrainConfig, data: int, expert: int) -
     width, gathers = 2 if train.dtype == "bfloat16" else 4, 2 if train.zero == 3 else 1
     experts, layers, ends = counts(model)
     slots = train.micro_batch // (data * expert) * train.seq_len
-    if experts and expert > 1 and train.dispatch != "all_gather":
+    if experts and expert > 1 and (train.dispatch or default_dispatch(expert)) == "all_to_all":
         slots = slots_per_device(slots, expert, reach(model, expert)[1])
-    row = 4 * model.hidden_size * width + 2 * 8 * model.num_experts_per_tok  # there and back, twice; ids and weights, twice
+    row = (
+        4 * model.hidden_size * width + 2 * 8 * model.num_experts_per_tok
+    )  # there and back, twice; ids and weights, at most twice
     over_all, over_data = width * (1 - 1 / (data * expert)), width / expert * (1 - 1 / data)
     return Wire(
         rows=model.stack_size("moe") * (expert - 1) * slots * row,

@@ -111,7 +111,7 @@ def test_replica_groups(text, group):
 
 # Two layers of each kind, so that they stay in loops; wide, so that weights outweigh statistics.
 WIDE = dataclasses.replace(MODEL, num_hidden_layers=4, first_k_dense_replace=2, hidden_size=4096, intermediate_size=8192)
-SHARDED = dataclasses.replace(TRAIN, batch_size=8, zero=3, remat="full", capacity_factor=None)
+SHARDED = dataclasses.replace(TRAIN, batch_size=8, zero=3, dispatch="all_to_all", remat="full", capacity_factor=None)
 
 
 def test_predicted_bytes_are_the_compiled_programs():
