@@ -52,6 +52,7 @@ flags.DEFINE_bool("ignore_eos", False, "Go on to max_new_tokens whatever the mod
 
 
 def main() -> None:
+    cli.cache_compilations()
     if FLAGS.mode == "bench" and FLAGS.preset:
         if FLAGS.checkpoint:
             raise InputError("--preset and --checkpoint: expected one of them")

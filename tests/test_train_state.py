@@ -71,6 +71,20 @@ def test_objective_is_the_masked_mean_and_the_balance():
     assert sums["dropped"].sum() == 0
 
 
+def test_packed_documents_have_the_loss_they_have_apart():
+    """loss/lm; the balance losses and dropping go by packed rows."""
+    config = dataclasses.replace(TRAIN, capacity_factor=None)
+    packed = {name: np.array(a[0]) for name, a in batch().items() if a.ndim == 3}
+    apart = {name: np.zeros((32, 16), a.dtype) for name, a in packed.items()}
+    for name, rows in packed.items():
+        apart[name][:16, :6], apart[name][16:, :8] = rows[:, :6], rows[:, 6:14]
+    one, other = (
+        train_state.evaluate(new_state(config).params, train_state.place([part], 1), config) for part in (packed, apart)
+    )
+    assert float(one[1]) == float(other[1]) == 16 * 14
+    assert float(one[0]) == pytest.approx(float(other[0]), rel=1e-6)
+
+
 @pytest.mark.parametrize("seq_aux, kind", [(True, "expert_balance"), (False, "batch_balance")])
 def test_the_released_codes_balance_is_a_named_choice(seq_aux, kind):
     config = dataclasses.replace(TRAIN, balance="released", capacity_factor=None)
