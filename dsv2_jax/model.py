@@ -22,6 +22,7 @@ from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
 from dsv2_jax.rope import cos_sin
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
+from pallas_kernels.einsum import einsum_float32
 from sharding import specs
 from sharding.expert_parallel import ARRIVED
 
@@ -134,8 +135,7 @@ class Decoder(nnx.Module):
 
 def head_logits(hidden: jax.Array, w_head_DV: jax.Array) -> jax.Array:
     """float32 logits [..., V] of normalised hidden states [..., D]."""
-    precision = jax.lax.Precision.HIGHEST if w_head_DV.dtype == jnp.float32 else None
-    return jnp.einsum("...d,dv->...v", hidden, w_head_DV, precision=precision, preferred_element_type=jnp.float32)
+    return einsum_float32("...d,dv->...v", hidden, w_head_DV)
 
 
 def _layers(stack: Any, start: int, stop: int) -> Any:

@@ -7,6 +7,7 @@ the backward pass recomputes a chunk's scores instead of keeping them. Letters: 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.einsum import einsum_float32
 from pallas_kernels.reference import MASKED
 
 CHUNK = 512  # queries; beyond 16 chunks they grow instead, to bound the size of the program
@@ -37,11 +38,11 @@ def mla_attention(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, seg
 @jax.checkpoint
 def _attend(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV, q_segment_BT, k_segment_BS, scale) -> jax.Array:
     """Attention of the last T of S positions over all S of them."""
-    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_nope_BTNH, k_nope_BSNH, preferred_element_type=jnp.float32)
-    scores_BNTS += jnp.einsum("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
+    scores_BNTS = einsum_float32("btnh,bsnh->bnts", q_nope_BTNH, k_nope_BSNH)
+    scores_BNTS += einsum_float32("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR)
     queries, keys = scores_BNTS.shape[2:]
     causal_TS = jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys)
     visible_BTS = causal_TS & (q_segment_BT[:, :, None] == k_segment_BS[:, None, :])
     probs_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED), axis=-1)
-    out_BTNV = jnp.einsum("bnts,bsnv->btnv", probs_BNTS.astype(v_BSNV.dtype), v_BSNV, preferred_element_type=jnp.float32)
+    out_BTNV = einsum_float32("bnts,bsnv->btnv", probs_BNTS.astype(v_BSNV.dtype), v_BSNV)
     return out_BTNV.astype(q_nope_BTNH.dtype)
