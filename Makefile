@@ -30,7 +30,8 @@ demo: $(VENV)
 	@printf '\n-- what lies where\n'
 	@echo 'demo/run/checkpoints      training state; run the train.py line again with a higher --steps to go on'
 	@echo 'demo/run/metrics.jsonl    a line a step'
-	@ls demo/run/*.png | sed 's/$$/        the curves/'
+	@echo 'demo/run/metrics.png      the curves'
+	@echo 'demo/run/expert_load.png  how much each expert is used'
 	@echo 'demo/huggingface          the model for transformers, vLLM, or infer.py'
 
 test: $(VENV)
@@ -41,6 +42,8 @@ parity: $(VENV) $(REFERENCE)
 
 campaign: $(VENV)
 	$(PY) tests/campaign_resume.py
+	$(PY) tests/campaign_corruption.py 1000
+	$(PY) tests/campaign_signals.py 20
 	KILLS=10 FUZZ_CASES=20000 $(PY) -m pytest tests/test_convert.py tests/test_tensor_files.py -k "kill or accept_only"
 
 .venv/made: setup.py constraints.txt

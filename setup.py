@@ -27,6 +27,7 @@ setup(
         "train": ["grain>=0.2.18"],
         "plot": ["matplotlib>=3.9"],
         "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "grain>=0.2.18", "matplotlib>=3.9"],
+        "k8s": ["jax[k8s]>=0.11.2,<0.13"],
         "cuda13": ["jax[cuda13]>=0.11.2,<0.13"],
     },
 )

@@ -5,6 +5,8 @@ the same line runs in every process; process 0 alone prints.
 """
 
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import os
@@ -105,6 +107,8 @@ def mesh_shape(model_config: ModelConfig, config: TrainConfig, devices: int) -> 
     size = data_axis * expert_axis
     if size > devices:
         raise InputError(f"--mesh={MESH.value}: needs {size} devices, there are {devices}")
+    if size < devices and jax.process_count() > 1:
+        raise InputError(f"--mesh={MESH.value}: {size} devices, expected all {devices} of the {jax.process_count()} processes")
     if config.micro_batch % size:
         told = f"a multiple of the mesh's {size} devices (--mesh, micro_batch_size)"
         raise InputError(f"the {config.micro_batch} sequences computed at a time: expected {told}")
@@ -184,6 +188,8 @@ def batches_of(run: Run, source: list[str] | None, **more: Any) -> data.Batches:
 def prepare(run: Run) -> tuple[train_state.TrainState, data.Batches, checkpoint.Checkpoints]:
     """The state, the data at its place and the checkpoints; the workdir comes to be when nothing can be wrong any more."""
     batches = batches_of(run, DATA.value)
+    if EVAL_DATA.value:
+        batches_of(run, EVAL_DATA.value, repeat=False)  # refuses bad data now, not at the first evaluation
     if not run.step:
         state = train_state.load(run.weights, run.model, run.train) if run.weights else train_state.init(run.model, run.train)
         run.workdir.mkdir(parents=True, exist_ok=True)
@@ -216,27 +222,30 @@ def say(*words: Any) -> None:
 class Reporter:
     """Tells of steps: metrics.jsonl, what is shown, loss spikes, and how many steps in a row were skipped."""
 
-    def __init__(self, run: Run, show: Callable[[metrics.Record], None]) -> None:
-        self.run, self.show = run, show
+    def __init__(self, run: Run, steps: int, show: Callable[[metrics.Record], None]) -> None:
+        self.run, self.steps, self.show = run, steps, show
         self.file = metrics.MetricsFile(run.workdir / metrics.FILE, run.step) if is_first() else None
         self.spikes = metrics.Spikes(self.file.kept if self.file else [])
         self.skipped = 0  # steps in a row
         self.logged, self.began = run.step, time.perf_counter()
 
-    def __call__(self, step: int, values: train_state.Metrics, **more: float) -> bool:
-        """Waits for the step and tells of it; returns whether some process asks for the end."""
+    def __call__(self, step: int, values: train_state.Metrics, evaluate: Callable[[], float] | None = None) -> bool:
+        """Waits for the step, evaluates, and tells of it; returns whether some process asks for the end."""
         config = self.run.train
         stop, skipped = jax.device_get((values["stop"], values["skipped"]))
         self.skipped = self.skipped + 1 if skipped else 0
-        if step % config.log_every and not (more or skipped or stop):
+        last = step == self.steps
+        if step % config.log_every and not (evaluate or skipped or stop or last):
             return bool(stop)
         now = time.perf_counter()
         sequences = [config.sequences_before(number + 1) for number in (self.logged, step)]
         tokens = [count * config.seq_len for count in sequences]
-        with_load = step % config.load_every == 0
-        record = {"step": step, "tokens": tokens[1]} | metrics.of_step(jax.device_get(values), with_load) | more
+        with_load = step % config.load_every == 0 or last
+        record = {"step": step, "tokens": tokens[1]} | metrics.of_step(jax.device_get(values), with_load)
         record |= metrics.speed(self.run.model, config.seq_len, tokens[1] - tokens[0], (now - self.began) / (step - self.logged))
-        self.logged, self.began = step, now
+        if evaluate:
+            record["loss/eval"] = evaluate()
+        self.logged, self.began = step, time.perf_counter()
         if is_first():
             record |= self.spikes.check(record)
             self.file.write(record)
@@ -256,6 +265,9 @@ def train(run: Run, steps: int) -> None:
     say(f"{run.model.num_params:,} parameters, {run.model.active_params:,} active, on {where}")
     if run.step >= steps:
         return say(f"{run.workdir} is at step {run.step} of {steps}: nothing to do")
+    profile = range(max(run.profile.start, run.step + 1), min(run.profile.stop, steps + 1))
+    if run.profile and not profile:
+        say(f"--profile_steps={PROFILE_STEPS.value}: none of them comes, nothing is traced")
 
     def next_batch(step: int) -> tuple[list[data.Batch], train_state.Batch]:
         microbatches = list(itertools.islice(batches, config.batch_at(step) // config.micro_batch))
@@ -266,24 +278,24 @@ def train(run: Run, steps: int) -> None:
     train_step = train_state.train_step.lower(state, batch, config).compile()
     say(f"compiled in {time.perf_counter() - began:.1f} s; from step {run.step} to {steps}")
     with metrics.display(run.step, steps) as show:
-        report = Reporter(run, show)
+        report = Reporter(run, steps, show)
         pending = None  # a step that runs and is not told of yet, with its data
 
-        def tell(**more: float) -> bool:
+        def tell(evaluate: Callable[[], float] | None = None) -> bool:
             nonlocal pending
             (number, values, rows), pending = pending, None
-            ends = report(number, values, **more)
+            ends = report(number, values, evaluate)
             if report.skipped >= config.max_skipped:
                 give_up(run, report.skipped, state, rows)
             return ends
 
         for step in range(run.step + 1, steps + 1):
             checkpoints.check()
-            if step in run.profile[:1]:
+            if step in profile[:1]:
                 jax.profiler.start_trace(str(run.workdir / "profile"))
             saves = step % config.checkpoint_every == 0 or step == steps
             evaluates = EVAL_DATA.value is not None and (step % config.eval_every == 0 or step == steps)
-            waits = saves or evaluates or step in run.profile[-1:]
+            waits = saves or evaluates or step in profile[-1:]
             # A step that is waited for must not share its time; none may follow one that may be skipped once too often.
             ends = pending is not None and (waits or report.skipped == config.max_skipped - 1) and tell()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -291,8 +303,8 @@ def train(run: Run, steps: int) -> None:
             ends |= pending is not None and tell()
             pending = (step, values, rows)
             if waits or ends:  # a step in a checkpoint is never run again, so it is told of first
-                ends |= tell(**({"loss/eval": evaluate(run, state)} if evaluates else {}))
-            if step in run.profile[-1:]:
+                ends |= tell(functools.partial(evaluate, run, state) if evaluates else None)
+            if step in profile and (ends or step == profile[-1]):
                 jax.profiler.stop_trace()
             if saves or ends:
                 checkpoints.save(state, batches.get_state())
@@ -319,13 +331,27 @@ def give_up(run: Run, skipped: int, state: train_state.TrainState, rows: list[da
     place = run.workdir / "nonfinite"
     if is_first():
         shutil.rmtree(place, ignore_errors=True)  # of an earlier attempt
+        place.mkdir()
     multihost_utils.sync_global_devices("room for the state")
-    saved = checkpoint.Checkpoints(place, run.config, keep=1)
-    saved.save(state, {})
-    saved.wait()
     np.savez(place / f"batch_{jax.process_index()}.npz", **{name: np.stack([part[name] for part in rows]) for name in rows[0]})
-    told = f"loss or gradient was not finite in {skipped} steps in a row; the state and the last batch are in {place}"
-    raise InputError(f"step {int(state.step)}: {told}")
+    told = f"step {int(state.step)}: loss or gradient was not finite in {skipped} steps in a row; "
+    try:
+        saved = checkpoint.Checkpoints(place, run.config, keep=1)
+        saved.save(state, {})
+        saved.wait()
+    except InputError as error:
+        raise InputError(f"{told}the last batch is in {place}, the state could not be saved: {error}") from None
+    raise InputError(f"{told}the state and the last batch are in {place}")
+
+
+def refuse_unlike(started: dict[str, Any]) -> None:
+    """Refuses processes that do not all start with the same; they would wait for each other, or train on a mixture."""
+    if jax.process_count() > 1:
+        digests = np.stack([np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in started.values()])
+        everywhere = multihost_utils.process_allgather(digests)
+        differ = [name for name, same in zip(started, (everywhere == everywhere[0]).all(axis=(0, 2))) if not same]
+        if differ:
+            raise InputError(f"{', '.join(differ)}: not the same in all {jax.process_count()} processes of this run")
 
 
 def main() -> None:
@@ -335,13 +361,18 @@ def main() -> None:
     if DRY_RUN.value:
         return plan()
     cli.cache_compilations()
-    start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    try:
+        start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    except ValueError as error:
+        raise InputError(f"cannot join the other processes: {error}") from None
+    refuse_unlike({flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])} | {PROCESS_ID.name: None})
     run = resolve()
+    refuse_unlike({"configuration": run.config, "tokenizer": run.tokenizer.files, "newest checkpoint": run.step})
     with jax.set_mesh(make_mesh(*mesh_shape(run.model, run.train, jax.device_count()))):
         try:
             train(run, STEPS.value or run.train.schedule_steps)
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
+            if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             told = " ".join(str(error).split())[:300]
             print(f"error: lost another process of this run, or its device ({told}); start all again to go on", file=sys.stderr)
@@ -352,7 +383,8 @@ def plan() -> None:
     """The dry run."""
     weights = convert.open_checkpoint(INIT_FROM.value) if INIT_FROM.value else None
     model_config, train_config = resolve_configs(weights)
-    with jax.set_mesh(dry_run.absent_mesh(GPUS.value, GPU.value, parse_shape() if MESH.value else None)) as mesh:
+    mesh = dry_run.absent_mesh(GPUS.value, GPU.value, parse_shape() if MESH.value else None)
+    with jax.set_mesh(mesh):
         if model_config.n_routed_experts is not None:
             reach(model_config, mesh.shape["expert"])
         dry_run.report(model_config, train_config, GPU.value, Path(WORKDIR.value) if WORKDIR.value else None)

@@ -107,9 +107,6 @@ def measure(mesh_shape, zero, dispatch, routing, wide: bool) -> dict:
                     state, metrics = step(state, batch)
                 jax.block_until_ready(state)
             scopes = by_scope(Path(directory), step.as_text(), 2)
-        if os.environ.get("OUT"):
-            name = re.sub(r"\W+", "_", f"{mesh_shape} {zero} {dispatch} {routing}")
-            Path(os.environ["OUT"], f"{name}.json").write_text(json.dumps(scopes, indent=1))
         needs = step.memory_analysis()
         memory = (
             needs.argument_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes + needs.temp_size_in_bytes
@@ -234,12 +231,13 @@ def main(_: list[str]) -> None:
         peer = ROWS * SEQ_LEN / seconds[0]
     gpus = jax.device_count()
     wanted = CASE.value or [name for name, (shape, *_) in CASES.items() if shape[0] * shape[1] <= gpus]
-    results = {}
+    results, failed = {}, False
     for name in wanted:
         try:
             results[name] = measure(*CASES[name], wide=name.startswith("V2"))
             print(name, json.dumps(results[name]), flush=True)
         except Exception as error:  # the others still count
+            failed = True
             print(f"{name}: FAILED {type(error).__name__}: {str(error)[:2000]}", flush=True)
     print(
         f"\n{jax.devices()[0].device_kind}; {MODEL.num_hidden_layers} layers, {ROWS} x {SEQ_LEN} tokens a GPU, median of {STEPS} steps"
@@ -266,6 +264,8 @@ def main(_: list[str]) -> None:
             print(f"exchange among {devices}, alone: {exchange(devices):.0f} GB/s sent by each GPU")
             for shape in ((devices, 1), (1, devices)):
                 print(f"tokens sent to other experts than on one GPU, data={shape[0]},expert={shape[1]}: {flips(shape):.4%}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

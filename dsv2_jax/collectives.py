@@ -63,10 +63,14 @@ def parse_collectives(hlo: str, microbatches: int = 1) -> list[Collective]:
 
 def _collective(match: re.Match, line: str, devices: int) -> Collective:
     kind, result = match["kind"], re.sub(r"\{[^}]*\}|/\*.*?\*/", "", match["type"])  # without layouts and comments
-    if match["start"] and result.startswith("(("):
+    nested = result.startswith("((")
+    if match["start"] and nested:
         result = result.partition(")")[2]  # the operands stand first
+    arrays = re.findall(r"([a-z]+\d*)\w*\[([\d,]*)\]", result)
+    if match["start"] and kind == "all-gather" and not nested and len(arrays) == 2:
+        arrays = arrays[1:]  # operand and result
     payload = 0
-    for dtype, dims in re.findall(r"([a-z]+\d*)\w*\[([\d,]*)\]", result):
+    for dtype, dims in arrays:
         bits = int(re.sub(r"\D", "", dtype) or 8)
         payload += math.prod(int(size) for size in dims.split(",") if size) * bits // 8
     if match["start"] and kind == "collective-permute":

@@ -461,8 +461,6 @@ def train_preset(name: str) -> TrainConfig:
 def finetuning() -> TrainConfig:
     """How training goes on from a checkpoint: the paper's rate (section 4.1) held constant, at a batch that one machine runs, the
     released code's balance loss, nothing dropped."""
-    constant = {"first_decay": 1.0, "second_decay": 1.0}
     released = {"balance": "released", "capacity_factor": None}
-    return TrainConfig(
-        batch_size=8, learning_rate=5e-6, warmup_steps=20, schedule_steps=1000, checkpoint_every=100, **constant, **released
-    )
+    steps = {"warmup_steps": 20, "schedule_steps": 1000, "checkpoint_every": 100}
+    return TrainConfig(batch_size=8, learning_rate=5e-6, decay_factor=1.0, **steps, **released)

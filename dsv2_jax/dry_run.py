@@ -124,6 +124,8 @@ def plan(model: ModelConfig, train: TrainConfig, gpu: str, shape: tuple[int, int
     rows = [["GPUs", "sequences", "microbatches", "GiB a GPU", *parts, "step s", "MFU", "tokens/s"]]
     for data, expert in sorted({shape, *map(default_shape, PLANNED)}, key=math.prod):
         gpus = data * expert
+        if model.n_routed_experts and model.n_routed_experts % expert:
+            continue
         here = full_batch(free, each * gpus)
         step, tokens = predict(model, here, data, expert, kind), here.batch_size * here.seq_len
         size = fit(peak - resident(model, train, *shape) + resident(model, here, data, expert), kind)

@@ -70,8 +70,13 @@ class MetricsFile:
 
 
 def _line(record: Record) -> str:
-    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps({name: _finite(value) for name, value in record.items()}) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def of_step(values: Mapping[str, np.ndarray], with_load: bool) -> Record:
@@ -93,7 +98,7 @@ class Spikes:
 
     def __init__(self, records: Iterable[Record]) -> None:
         """`records`: those logged before, which count."""
-        losses = (record.get("loss/lm") for record in records)
+        losses = (record.get("loss/lm") for record in records if "loss/spike" not in record)
         self._losses = collections.deque((loss for loss in losses if loss is not None), self.WINDOW)
 
     def check(self, record: Record) -> Record:

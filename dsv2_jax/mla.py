@@ -6,8 +6,6 @@ absorbed: bring queries into the latent space (w_uk) and the result out of it (w
 Letters: B batch, T positions, S cached positions, D model, N heads, H nope dim, R rope dim, V value dim, Q query latent, C kv latent.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,30 +13,12 @@ from flax import nnx
 from dsv2_jax import cache as latent_cache
 from dsv2_jax.cache import LatentCache
 from dsv2_jax.config import ModelConfig
+from dsv2_jax.context import Context
 from dsv2_jax.rope import rotate, softmax_scale
 from pallas_kernels import reference
 from pallas_kernels.mla_attention import mla_attention
 
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
-
-
-class Context(NamedTuple):
-    """What every layer needs to know of the tokens, and how it is to run."""
-
-    positions_BT: jax.Array
-    segment_ids_BT: jax.Array
-    cos_BTJ: jax.Array
-    sin_BTJ: jax.Array
-    dropping: "Dropping | None" = None
-    dispatch: str | None = None  # of `sharding.expert_parallel.DISPATCHES`
-
-
-class Dropping(NamedTuple):
-    """Token dropping of a training step (paper section 2.2.4)."""
-
-    exempt_B: jax.Array  # sequences of which nothing is dropped
-    capacity_factor: float  # a group's budget, in shares of the mean load
-    pool: int  # consecutive sequences that share it
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -17,7 +17,8 @@ from flax import nnx
 
 from dsv2_jax.cache import LatentCache
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.mla import MLA, Context, Dropping, init_normal, rms_norm
+from dsv2_jax.context import Context, Dropping
+from dsv2_jax.mla import MLA, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
 from dsv2_jax.rope import cos_sin
 from dsv2_jax.weights import Weights, path_name
@@ -94,7 +95,7 @@ class Decoder(nnx.Module):
             absorbed: attend over the cache, else over these tokens only.
             remat: recompute each layer in the backward pass, but for what came over the wire.
             regather: where parameters are cut (ZeRO), gather a layer's again in the backward pass instead of keeping them.
-            dropping, dispatch: see `mla.Context`.
+            dropping, dispatch: see `context.Context`.
 
         Returns:
             hidden [B, T, D]; the cache with the tokens in it; per MoE layer the routing's statistics, stacked on L.

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.mla import Context, Dropping, init_normal
+from dsv2_jax.context import Context, Dropping
+from dsv2_jax.fields import InputError
+from dsv2_jax.mla import init_normal
 from dsv2_jax.router import Routing, balance, expert_load, group_of, reach, route
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding import dropping, specs
@@ -65,12 +67,12 @@ class DeepSeekMoE(nnx.Module):
         and the balance losses of `router.balance`."""
         cfg = self.cfg
         routing = route(x_BTD, self.w_router[...], cfg)
-        experts_BTK, weights_BTK, dropped = routing.experts_BTK, routing.weights_BTK, jnp.zeros(())
+        experts_BTK, weights_BTK, dropped = routing.experts_BTK, routing.weights_BTK, jnp.zeros((), jnp.int32)
         if ctx.dropping:
             kept_BTK = kept_pairs(routing, ctx.dropping, cfg)
             experts_BTK = jnp.where(kept_BTK, experts_BTK, cfg.n_routed_experts)
             weights_BTK = jnp.where(kept_BTK, weights_BTK, 0.0)
-            dropped = (~kept_BTK).sum(dtype=jnp.float32)
+            dropped = (~kept_BTK).sum(dtype=jnp.int32)
         y_BTD = routed_experts(
             x_BTD,
             experts_BTK,
@@ -86,20 +88,27 @@ class DeepSeekMoE(nnx.Module):
                 y_BTD += self.shared(x_BTD)
         return y_BTD, balance(routing, cfg) | {
             "experts": routing.experts_BTK,
-            "load": expert_load(routing.experts_BTK, cfg.n_routed_experts).sum(axis=0),
+            "load": expert_load(routing.experts_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),
             "dropped": dropped,
         }
 
 
 @jax.named_scope("dropping")
 def kept_pairs(routing: Routing, drop: Dropping, cfg: ModelConfig) -> jax.Array:
-    """Whether a token-expert pair is within its group's budget, see `sharding.dropping.kept`: bool [B, T, K]."""
-    fair = drop.pool * math.prod(routing.experts_BTK.shape[1:]) / cfg.n_group
+    """Whether a token-expert pair is within its group's budget, see `sharding.dropping.kept`: bool [B, T, K].
+
+    Raises: InputError, if the budget is no pair at all.
+    """
+    budget = int(drop.capacity_factor * drop.pool * math.prod(routing.experts_BTK.shape[1:]) / cfg.n_group)
+    if budget < 1:
+        raise InputError(
+            f"capacity_factor is {drop.capacity_factor}, expected one that leaves a group a budget of one pair at least"
+        )
     return dropping.kept(
         jax.lax.stop_gradient(routing.affinities_BTK),
         group_of(routing.experts_BTK, cfg),
         drop.exempt_B,
         num_groups=cfg.n_group,
-        budget=int(drop.capacity_factor * fair),
+        budget=budget,
         pool=drop.pool,
     )

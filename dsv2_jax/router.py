@@ -38,7 +38,8 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
         grouped_BTGX = scores_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
         _, groups_BTM = _top_k(grouped_BTGX.max(axis=-1), cfg.topk_group)
         chosen_BTG = jax.nn.one_hot(groups_BTM, cfg.n_group, dtype=bool).any(axis=-2)
-        allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, 0.0).reshape(scores_BTE.shape)
+        # Below 0, not 0: a chosen group's affinities may underflow to that, and a tie must not lead out of the groups.
+        allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, -1.0).reshape(scores_BTE.shape)
     affinities_BTK, experts_BTK = _top_k(allowed_BTE, cfg.num_experts_per_tok)
     if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
         weights_BTK = affinities_BTK / (

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from dsv2_jax import model
 from dsv2_jax.config import ModelConfig, TrainConfig
+from dsv2_jax.context import Dropping
 from dsv2_jax.loss import log_probs
-from dsv2_jax.mla import Dropping
 from dsv2_jax.model import Decoder
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
@@ -133,7 +133,8 @@ def _inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _balance_terms(model_config: ModelConfig, config: TrainConfig) -> dict[str, tuple[float, str]]:
-    """Of each balance loss, its coefficient and which of `router.balance` it is."""
+    """Of each balance loss, its coefficient and which of `router.balance` it is. The released code's, with seq_aux=false, takes
+    all tokens that are computed at a time together, so it alone depends on micro_batch_size."""
     if config.balance == "released":
         kind = "expert_balance" if model_config.seq_aux else "batch_balance"
         return {"expert_balance": (model_config.aux_loss_alpha, kind)}
@@ -181,9 +182,9 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[Tr
     metrics = {name: value for name, value in sums.items() if name.startswith("loss/")}
     metrics |= {"moe/drop_fraction": jnp.zeros(()), "moe/max_load": jnp.zeros(()), "moe/dead_experts": jnp.zeros(())}
     if "load" in sums:
-        load_LE, pairs_L = sums["load"], sums["load"].sum(axis=-1)
-        metrics["moe/load"], metrics["moe/dropped"] = load_LE, sums["dropped"] / pairs_L
-        metrics["moe/drop_fraction"] = sums["dropped"].sum() / pairs_L.sum()
+        load_LE, dropped_L = sums["load"], sums["dropped"] / sums["load"].sum(axis=-1)
+        metrics["moe/load"], metrics["moe/dropped"] = load_LE, dropped_L
+        metrics["moe/drop_fraction"] = dropped_L.mean()  # all layers have as many pairs
         metrics["moe/max_load"] = (load_LE.max(axis=-1) / load_LE.mean(axis=-1)).max()  # over a fair one, worst layer
         metrics["moe/dead_experts"] = (load_LE == 0).sum(dtype=jnp.float32)
     metrics |= {"grad_norm": norm, "lr": rate, "skipped": 1.0 - finite, "stop": batch["stop"].max()}

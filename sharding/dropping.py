@@ -32,9 +32,8 @@ def kept(
 
     def island(affinity_BTK, group_BTK, exempt_B):
         rows, pairs = group_BTK.shape[0], group_BTK[0].size
-        axes = next(
-            axes for axes in ((), ("expert",), AXES) if rows * lax.axis_size(axes) % pool == 0
-        )  # the fewest that hold pools
+        # The fewest axes that hold whole pools.
+        axes = next(axes for axes in ((), ("expert",), AXES) if rows * lax.axis_size(axes) % pool == 0)
         shard = lax.axis_index(axes) if axes else 0
         cells = rows * lax.axis_size(axes) // pool * num_groups
         pool_B = (shard * rows + jnp.arange(rows)) // pool

@@ -6,8 +6,8 @@ back, which are added at the token's home. Messages have one size; a queue that 
 nothing is dropped on the way and buffers stay bounded. `all_gather`: every token goes to every device of its expert row.
 
 Moving rows is done by functions that are each other's transpose, so that the backward pass holds gathers and no scatter-add.
-Letters: B batch, T positions, D model, N tokens of a device, K experts a token, S devices a token may need, X devices of an
-expert row, C slots for each, M rows in expert order, R rows of a chunk, E experts of a device.
+Letters: B batch, T positions, D model, N tokens of a device, K experts a token, P token-expert pairs, X devices of an expert row,
+M rows of what a function makes (of messages, or in expert order), R rows of a chunk, E experts of a device.
 """
 
 import functools
@@ -98,7 +98,7 @@ def _through_all_to_all(x_ND, ids_NK, weights_NK, experts, multiply, num_experts
     device_NK = ids_NK // (num_experts // devices)  # `devices` for a pair that travels nowhere
     needed_NX = (device_NK[:, :, None] == jnp.arange(devices)).any(axis=1).astype(jnp.int32)
     place_NX = jnp.cumsum(needed_NX, axis=0) - needed_NX
-    limit, mean = reach
+    most, mean = reach
     slots = slots_per_device(tokens, devices, mean)
 
     def exchange(r, operands, integers):
@@ -106,14 +106,14 @@ def _through_all_to_all(x_ND, ids_NK, weights_NK, experts, multiply, num_experts
         ids_NK, needed_NX, place_NX = integers
         now_NX = (needed_NX == 1) & (place_NX // slots == r)
         row_NX = jnp.where(now_NX, jnp.arange(devices) * slots + place_NX - r * slots, devices * slots)
-        order = _inverse(jnp.sort(row_NX, axis=1)[:, :limit], devices * slots)
-        token_M = order.pair_M // limit
+        order = _inverse(jnp.sort(row_NX, axis=1)[:, :most], devices * slots)
+        token_M = order.pair_M // most
         with jax.named_scope("dispatch"):
             # Ids are exact in float32 and ride with the weights: 8 K bytes a row, where the row itself takes 2 D.
-            with_MK = jnp.concatenate([_gather(weights_NK, token_M), _gather(ids_NK + 1, token_M).astype(jnp.float32)], axis=1)
-            with_MK = checkpoint_name(_swap(with_MK), ARRIVED)
+            weights_MK, ids_MK = _gather(weights_NK, token_M), _gather(ids_NK + 1, token_M).astype(jnp.float32)
+            both = checkpoint_name(_swap(jnp.concatenate([weights_MK, ids_MK], axis=1)), ARRIVED)
             got_MD = checkpoint_name(_swap(take_rows(x_ND, order)), ARRIVED)
-        weights_MK, ids_MK = jnp.split(with_MK, 2, axis=1)
+        weights_MK, ids_MK = jnp.split(both, 2, axis=1)
         y_MD = multiply(got_MD, lax.stop_gradient(ids_MK).astype(jnp.int32) - 1, weights_MK, experts)
         with jax.named_scope("combine"):
             return add_rows(_swap(y_MD.astype(x_ND.dtype)), order)

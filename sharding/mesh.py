@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "expert")
-HEARTBEAT_S = 30  # after which a process that is silent counts as lost
+HEARTBEAT_S = 30  # after which a process that is silent, or does not leave with the others, counts as lost
 
 
 def make_mesh(data: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -51,9 +51,24 @@ def parse_mesh(text: str) -> tuple[int, int]:
 
 
 def start_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins this process to the others of its job: those named, or those that Slurm or Kubernetes started; alone, does nothing."""
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+    """Joins this process to the others of its job: those named, or those that Slurm or Kubernetes started; alone, does nothing.
+
+    Under Slurm a process has one GPU, so a node runs as many tasks as it has GPUs.
+
+    Raises:
+        ValueError: what is named does not say how to join, or Kubernetes' package is missing.
+    """
+    named = coordinator, num_processes, process_id
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and port.isdecimal()) or None in named or process_id >= num_processes:
+            told = f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}"
+            raise ValueError(f"{told}: expected HOST:PORT, the number of processes, and which of them this is, from 0")
+    slurm = (
+        int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ
+    )  # a step's own, not a batch script's
     kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
     if coordinator or slurm or kubernetes:
         faulthandler.disable()  # a process that has lost another aborts with one line that says so, and needs no traceback
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_S)
+        waits = {"heartbeat_timeout_seconds": HEARTBEAT_S, "shutdown_timeout_seconds": HEARTBEAT_S}
+        jax.distributed.initialize(coordinator, num_processes, process_id, **waits)

@@ -70,9 +70,9 @@ def kill(workdir: Path, kills: int, moments: random.Random) -> list[int]:
     return stood
 
 
-def run(workdir: Path, steps: int) -> None:
+def run(workdir: Path, steps: int, *more: str) -> None:
     """Trains to `steps`."""
-    subprocess.run(command(workdir, steps), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command(workdir, steps, *more), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
 
 def compare(whole: Path, killed: Path, steps: int) -> tuple[int, int]:

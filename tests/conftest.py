@@ -17,12 +17,12 @@ if "cuda" not in os.environ.get("JAX_PLATFORMS", "cpu"):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 
-# One compilation cache for this process and the commands that tests start.
-CACHE = tempfile.mkdtemp(prefix="dsv2_jax_test_cache_")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+# One compilation cache for the processes that run tests, which inherit it from the first, and the commands that tests start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dsv2_jax_test_cache_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 from sharding.mesh import make_mesh

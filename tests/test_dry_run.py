@@ -72,6 +72,7 @@ GPU_HLO = """HloModule step, is_scheduled=true, num_partitions=4
 
 ENTRY %main (p: bf16[2,8]) -> bf16[2,8] {
   %gather-start = ((bf16[2]{0}, bf16[3]{0:S(1)}), (bf16[8]{0}, /*index=1*/bf16[12]{0})) all-gather-start(%p, %q), replica_groups=mesh['data'=2,'expert'=2] {'data','expert'}, dimensions={0}
+  %single = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%p), replica_groups={{0,1,2,3}}, dimensions={0}
   %gather-done = (bf16[8]{0}, bf16[12]{0}) all-gather-done(%gather-start), metadata={op_name="all-gather(no)"}
   %async-start = ((bf16[2,8]), bf16[2,8], u32[]) async-start(%p), calls=%wrapped
   %async-done = bf16[2,8] async-done(%async-start), calls=%wrapped
@@ -86,6 +87,7 @@ def test_a_gpus_notation_is_read():
     found = [(one.kind, one.group, one.payload, one.sent) for one in parse_collectives(GPU_HLO)]
     assert found == [
         ("all-gather", (0, 1, 2, 3), 40, 30),
+        ("all-gather", (0, 1, 2, 3), 16, 12),
         ("all-to-all", (0, 1), 32, 16),
         ("reduce-scatter", (0, 2), 40, 20),
         ("all-reduce", (0, 1, 2, 3), 6, 9),

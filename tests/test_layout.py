@@ -22,6 +22,7 @@ FLAGS = {
     "dsv2_jax/convert.py": "input output to",
     "dsv2_jax/parity.py": "hf",
     "dsv2_jax/plot.py": "",
+    "dsv2_jax/checkpoint.py": "",
 }
 
 

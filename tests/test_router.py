@@ -41,6 +41,15 @@ def test_device_limited_routing_is_the_papers(norm):
     assert unlimited > 10  # else the limit was not tested
 
 
+def test_affinities_that_underflow_do_not_lead_out_of_the_groups():
+    """A saturated router: three experts of three groups have all the affinity, a fourth must be taken all the same."""
+    logits_E = np.full(16, -200.0, np.float32)
+    logits_E[[6, 10, 14]] = 0, -0.1, -0.2
+    got = route(jnp.asarray(logits_E)[None, None], jnp.eye(16), CFG)
+    assert got.scores_BTE[0, 0, 0] == 0
+    assert set(np.asarray(got.experts_BTK[0, 0] // 2).tolist()) == {3, 5, 7}
+
+
 def test_greedy_takes_the_top_of_all():
     cfg = dataclasses.replace(CFG, topk_method="greedy", n_group=1, topk_group=1)
     x_BTD, w_DE = jax.random.normal(jax.random.key(0), (1, 20, 128)), jax.random.normal(jax.random.key(1), (128, 16)) * 0.2

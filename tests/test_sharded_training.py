@@ -10,6 +10,9 @@ import pytest
 from training_cases import MODEL, TRAIN, batch, new_state, numpy
 
 from dsv2_jax import model, train_state
+from dsv2_jax.collectives import parse_collectives
+from dsv2_jax.router import reach
+from sharding.expert_parallel import slots_per_device
 from sharding.mesh import make_mesh
 
 SEQ_LEN = 40  # a dimension of nothing else
@@ -51,12 +54,17 @@ def test_one_device_equals_eight(mesh_shape, zero, dispatch, remat, microbatches
         assert np.linalg.norm(grads[name] - gradient) <= BOUND * np.linalg.norm(gradient), name
 
 
-def collectives(mesh_shape, **fields) -> list[tuple[str, tuple[int, ...]]]:
-    """Kind and result shapes of the collectives in the compiled step."""
+def compiled(mesh_shape, **fields) -> str:
+    """The compiled step."""
     config = dataclasses.replace(TRAIN, seq_len=SEQ_LEN, **fields)
     with jax.set_mesh(make_mesh(*mesh_shape)):
         state, given = train_state.abstract(MODEL, config), train_state.abstract_batch(config)
-        text = train_state.train_step.lower(state, given, config).compile().as_text()
+        return train_state.train_step.lower(state, given, config).compile().as_text()
+
+
+def collectives(mesh_shape, **fields) -> list[tuple[str, tuple[int, ...]]]:
+    """Kind and result shapes of the collectives in the compiled step."""
+    text = compiled(mesh_shape, **fields)
     kinds = "all-to-all|all-gather|reduce-scatter|all-reduce|collective-permute"
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
     return [(kind, tuple(map(int, dims.split(",")))) for types, kind in found for dims in re.findall(r"\[([\d,]+)\]", types)]
@@ -74,6 +82,16 @@ def test_a_layer_exchanges_rows_twice_forward_and_twice_backward_and_gathers_non
     for kind, shape in found:
         if kind in ("all-gather", "all-reduce", "collective-permute"):
             assert not {SEQ_LEN, tokens, 2 * tokens} & set(shape), (kind, shape)
+
+
+def test_eight_devices_exchange_as_often_and_further_rounds_stand_in_loops():
+    """The default there: messages for less than half of the tokens, what is left in loops that as a rule run no round."""
+    slots = slots_per_device(TRAIN.batch_size * SEQ_LEN // 8, 8, reach(MODEL, 8)[1])
+    assert slots == 40  # of 80 tokens
+    row, ids_and_weights = MODEL.hidden_size * 4, MODEL.num_experts_per_tok * 8
+    found = [one for one in parse_collectives(compiled((1, 8), remat="full")) if one.kind == "all-to-all"]
+    assert sum(one.payload * one.times for one in found if one.certain) == 8 * slots * (4 * row + 2 * ids_and_weights)
+    assert [one for one in found if not one.certain]
 
 
 def test_the_all_gather_variant_gathers_activations():

@@ -10,7 +10,7 @@ import pytest
 from training_cases import MODEL, TRAIN, batch, new_state, numpy
 
 from dsv2_jax import model, train_state
-from dsv2_jax.config import TrainConfig, tiny, train_preset
+from dsv2_jax.config import TrainConfig, finetuning, tiny, train_preset
 from dsv2_jax.fields import InputError, override
 from sharding.mesh import make_mesh
 
@@ -37,6 +37,11 @@ def test_learning_rate_is_the_papers():
     lite = dataclasses.replace(train_preset("v2_lite"), schedule_steps=1000, warmup_steps=0)
     rates = [float(train_state.learning_rate(lite, jnp.int32(step))) for step in (1, 800, 801, 901)]
     np.testing.assert_allclose(rates, [4.2e-4, 4.2e-4, 4.2e-4 * 0.316, 4.2e-4 * 0.316**2], rtol=1e-6)
+
+
+def test_finetuning_holds_its_rate():
+    rates = [float(train_state.learning_rate(finetuning(), jnp.int32(step))) for step in (20, 1000, 1001, 5000)]
+    np.testing.assert_allclose(rates, 5e-6, rtol=1e-6)
 
 
 def test_the_step_is_adamw_of_the_clipped_gradient_without_decay_of_norms():
