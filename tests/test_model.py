@@ -1,4 +1,4 @@
-"""Laws of the whole model: one mesh = another, decode = prefill = full forward, packed = unpacked, remat = none."""
+"""Laws of the whole model: decode = prefill = full forward, packed = unpacked. Meshes: test_sharded_training.py."""
 
 import dataclasses
 
@@ -81,40 +81,6 @@ def test_packed_equals_unpacked():
     packed, _, _ = forward(m, ids, positions, segments)
     assert distance(packed[:, :10], forward(m, ids[:, :10])[0]) < BOUND
     assert distance(packed[:, 10:], forward(m, ids[:, 10:])[0]) < BOUND
-
-
-def loss_and_gradients(cfg, mesh_shape, remat=False):
-    with jax.set_mesh(make_mesh(*mesh_shape)):
-        m = model.init(cfg, 0, jnp.float32)
-        ids = tokens(8, 24)
-
-        def objective(m):
-            hidden_BTD, _, stats = forward(m, ids, remat=remat)
-            balance = stats["expert_balance"].sum() if stats else 0.0
-            return -log_probs(m, hidden_BTD, place(np.roll(ids, -1, 1))).mean() + 0.01 * balance
-
-        loss, gradients = jax.jit(jax.value_and_grad(objective))(m)
-        return float(loss), {name: np.asarray(g) for name, g in model.parameters(gradients).items()}
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    return loss_and_gradients(TINY, (1, 1))
-
-
-@pytest.mark.parametrize("mesh_shape", [(8, 1), (1, 8), (2, 4)])
-def test_one_device_equals_eight(mesh_shape, one_device):
-    loss, gradients = loss_and_gradients(TINY, mesh_shape)
-    assert loss == pytest.approx(one_device[0], rel=BOUND)
-    for name, gradient in gradients.items():
-        assert distance(gradient, one_device[1][name]) < BOUND, name
-
-
-def test_remat_equals_none(one_device):
-    loss, gradients = loss_and_gradients(TINY, (1, 1), remat=True)
-    assert loss == pytest.approx(one_device[0], rel=BOUND)
-    for name, gradient in gradients.items():
-        assert distance(gradient, one_device[1][name]) < BOUND, name
 
 
 @pytest.mark.parametrize("preset, total", [("v2", 235_741_434_880), ("v2_lite", 15_706_484_224)])

@@ -101,8 +101,7 @@ def test_the_all_gather_variant_gathers_activations():
     assert ("all-gather", (2 * tokens, MODEL.hidden_size)) in found
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("zero, gathers", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("zero, gathers, remat", [(1, 1, "full"), (3, 2, "full"), (3, 2, "none")])
 def test_zero_3_gathers_a_layer_again_in_the_backward_pass(zero, gathers, remat):
     found = collectives((8, 1), zero=zero, remat=remat)
     experts = (MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size)
