@@ -23,13 +23,14 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from dsv2_jax import checkpoint, cli, convert, data, dry_run, metrics, train_state
-from dsv2_jax.config import ModelConfig, TrainConfig, finetuning, preset, train_preset
+from dsv2_jax.config import ModelConfig, preset
 from dsv2_jax.fields import InputError, override
 from dsv2_jax.router import reach
 from dsv2_jax.signals import StopRequest
 from dsv2_jax.tensor_files import read_json
 from dsv2_jax.tokenizer import Tokenizer
 from dsv2_jax.tokenizer import train as train_tokenizer
+from dsv2_jax.train_config import TrainConfig, finetuning, train_preset
 from dsv2_jax.weights import Weights
 from sharding.mesh import make_mesh, parse_mesh, start_processes
 

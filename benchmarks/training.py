@@ -27,8 +27,9 @@ import numpy as np
 from absl import app, flags
 
 from dsv2_jax import model, moe, train_state
-from dsv2_jax.config import train_preset, v2, v2_lite
+from dsv2_jax.config import v2, v2_lite
 from dsv2_jax.metrics import PEAK_FLOPS
+from dsv2_jax.train_config import train_preset
 from sharding import specs
 from sharding.mesh import make_mesh
 

@@ -18,10 +18,11 @@ from jax.experimental import topologies
 
 from dsv2_jax import train_state
 from dsv2_jax.collectives import Collective, parse_collectives
-from dsv2_jax.config import ModelConfig, TrainConfig
+from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError, nearest
 from dsv2_jax.metrics import PEAK_FLOPS
 from dsv2_jax.roofline import GPUS, HOST, MATMUL_SHARE, Gpu, Step, predict, recomputed, resident
+from dsv2_jax.train_config import TrainConfig
 from sharding.mesh import make_mesh
 
 FILE = "plan.md"

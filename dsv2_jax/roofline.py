@@ -5,8 +5,9 @@ The speeds were measured (benchmarks of one H200 and of two); what was not is ma
 
 from typing import NamedTuple
 
-from dsv2_jax.config import ModelConfig, TrainConfig
+from dsv2_jax.config import ModelConfig
 from dsv2_jax.router import reach
+from dsv2_jax.train_config import TrainConfig
 from sharding.expert_parallel import default_dispatch, slots_per_device
 
 HOST = 8  # GPUs of a host, joined by NVLink

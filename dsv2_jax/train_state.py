@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv2_jax import model
-from dsv2_jax.config import ModelConfig, TrainConfig
+from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Dropping
 from dsv2_jax.loss import log_probs
 from dsv2_jax.model import Decoder
+from dsv2_jax.train_config import TrainConfig
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
 from sharding import specs

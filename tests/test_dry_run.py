@@ -12,9 +12,10 @@ from training_cases import MODEL, TRAIN
 
 from dsv2_jax import dry_run, train_state
 from dsv2_jax.collectives import first_group, parse_collectives
-from dsv2_jax.config import preset, train_preset
+from dsv2_jax.config import preset
 from dsv2_jax.fields import InputError
 from dsv2_jax.roofline import GPUS, counts, predict, resident, wire_bytes
+from dsv2_jax.train_config import train_preset
 from sharding.mesh import make_mesh
 
 H200 = GPUS["h200"]

@@ -10,8 +10,9 @@ import pytest
 from training_cases import MODEL, TRAIN, batch, new_state, numpy
 
 from dsv2_jax import model, train_state
-from dsv2_jax.config import TrainConfig, finetuning, tiny, train_preset
+from dsv2_jax.config import tiny
 from dsv2_jax.fields import InputError, override
+from dsv2_jax.train_config import TrainConfig, finetuning, train_preset
 from sharding.mesh import make_mesh
 
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from dsv2_jax import model, train_state
-from dsv2_jax.config import TrainConfig, tiny, train_preset
+from dsv2_jax.config import tiny
 from dsv2_jax.fields import override
+from dsv2_jax.train_config import TrainConfig, train_preset
 from dsv2_jax.train_state import TrainState
 from sharding.mesh import make_mesh
 
