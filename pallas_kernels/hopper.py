@@ -1,0 +1,29 @@
+"""What the Hopper kernels share: layouts, launch parameters, and ways around the compiler that more than one of them needs.
+
+Kernels are written in Pallas Mosaic GPU. A program of three warpgroups runs on each SM: two compute, one feeds them through
+the tensor memory accelerator (TMA). Shared memory that TMA fills and wgmma reads is tiled and swizzled; the two must agree.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SMS = 132  # streaming multiprocessors of an H100 SXM or H200; a persistent kernel runs one program on each
+WGMMA = plgpu.Layout.WGMMA
+ROW, COL = WGMMA.reduce(1), WGMMA.reduce(0)  # of a vector with a value for each row, or each column, of a WGMMA array
+
+PARAMS = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+)
+
+
+def swizzled(dtype, swizzle: int = 128) -> tuple:
+    """The transforms of a shared-memory array whose rows are tiles of `swizzle` bytes."""
+    width = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
+
+
+def spread(x: jax.Array, shape: tuple[int, int], dim: int = 0) -> jax.Array:
+    """Broadcasts a vector in layout ROW (dim 0) or COL (dim 1) to a WGMMA array. (Layout inference fails on kept dimensions.)"""
+    return lax.broadcast_in_dim(x, shape, [dim])
