@@ -1,21 +1,24 @@
-"""Eight fake CPU devices for every test, and a mesh of one of them unless the test makes its own."""
+"""Eight fake CPU devices for every test (GPUs under `-m gpu`), and a mesh of one device unless the test makes its own."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Tests compile a hundred programs and run each for milliseconds: compile fast. Before jax is imported, and for the commands
-# that tests start.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
-
 import jax
 import pytest
 
-if "cuda" not in os.environ.get("JAX_PLATFORMS", "cpu"):
+
+def pytest_configure(config):
+    if config.option.markexpr == "gpu":
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two processes run tests
+        return
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
+    # Tests compile a hundred programs and run each for milliseconds: compile fast, also in the commands that tests start.
+    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}"
+
 
 # One compilation cache for the processes that run tests, which inherit it from the first, and the commands that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
