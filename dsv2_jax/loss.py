@@ -1,4 +1,4 @@
-"""Log-probabilities in float32 with bounded memory.
+"""Log-probabilities in float32 with bounded memory: logits exist a chunk of positions at a time, and are made once.
 
 Letters: B batch, T positions, D model, V vocabulary.
 """
@@ -7,27 +7,75 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax.model import Decoder, head_logits
+from pallas_kernels.einsum import einsum_float32
 from sharding import specs
 
 CHUNK = 1024  # positions whose logits exist at a time; beyond 16 chunks they grow instead
 
 
 def log_probs(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """float32 [B, T]: the log-probability of each target. Logits exist one chunk at a time, in the backward pass too."""
+    """float32 [B, T]: the log-probability of each target."""
 
-    @jax.checkpoint
-    def chunk_log_probs(w_head_DV, hidden_BTD, targets_BT):
-        logits_BTV = head_logits(hidden_BTD, w_head_DV)
-        return pick(logits_BTV, targets_BT) - jax.nn.logsumexp(logits_BTV, axis=-1)
-
-    def island(w_head_DV, hidden_BTD, targets_BT):
-        w_head_DV = jax.lax.pcast(w_head_DV, specs.BATCH, to="varying")  # one sum of its gradient over devices, not one a chunk
-        length = hidden_BTD.shape[1]
-        chunk = max(CHUNK, -(-length // 16))
-        parts = [(hidden_BTD[:, s : s + chunk], targets_BT[:, s : s + chunk]) for s in range(0, length, chunk)]
-        return jnp.concatenate([chunk_log_probs(w_head_DV, *part) for part in parts], axis=1)
+    def island(w_head_DV, *arrays):
+        parts = [_log_probs(head_logits(hidden_BTD, w_head_DV), targets_BT)[0] for hidden_BTD, targets_BT in _chunks(*arrays)]
+        return jnp.concatenate(parts, axis=1)
 
     return jax.shard_map(island, out_specs=specs.tokens_BT)(model.w_head[...], hidden_BTD, targets_BT)
+
+
+def log_likelihood(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """float32 []: the sum of the targets' log-probabilities, each times its weight.
+
+    Where a gradient is asked for it is made along with the value, from the same logits: no chunk of them is kept or made again.
+    """
+
+    def island(w_head_DV, *arrays):
+        w_head_DV = jax.lax.pcast(w_head_DV, specs.BATCH, to="varying")  # one sum of its gradient over devices, not one a chunk
+        return jax.lax.psum(_log_likelihood(w_head_DV, *arrays), specs.BATCH)
+
+    return jax.shard_map(island, out_specs=specs.replicated)(model.w_head[...], hidden_BTD, targets_BT, weights_BT)
+
+
+@jax.custom_vjp
+def _log_likelihood(w_head_DV, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
+    total = 0.0
+    for hidden, targets, weights in _chunks(hidden_BTD, targets_BT, weights_BT):
+        total += (weights * _log_probs(head_logits(hidden, w_head_DV), targets)[0]).sum()
+    return total
+
+
+def _forward(w_head_DV, hidden_BTD, targets_BT, weights_BT):
+    total, dw_DV, dhidden = 0.0, 0.0, []
+    for hidden, targets, weights in _chunks(hidden_BTD, targets_BT, weights_BT):
+        logits_BTV = head_logits(hidden, w_head_DV)
+        log_probs_BT, log_sum_BT = _log_probs(logits_BTV, targets)
+        total += (weights * log_probs_BT).sum()
+        chosen_BTV = targets[..., None] == jnp.arange(logits_BTV.shape[-1])
+        dlogits_BTV = weights[..., None] * (chosen_BTV - jnp.exp(logits_BTV - log_sum_BT[..., None]))
+        dlogits_BTV = dlogits_BTV.astype(hidden.dtype)  # as the matmuls' other operands
+        dw_DV += einsum_float32("btd,btv->dv", hidden, dlogits_BTV)
+        dhidden.append(einsum_float32("btv,dv->btd", dlogits_BTV, w_head_DV).astype(hidden.dtype))
+    return total, (dw_DV.astype(w_head_DV.dtype), jnp.concatenate(dhidden, axis=1))
+
+
+def _backward(saved, g):
+    return *((g * gradient).astype(gradient.dtype) for gradient in saved), None, None
+
+
+_log_likelihood.defvjp(_forward, _backward)
+
+
+def _log_probs(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The targets' log-probabilities, and the logarithm of the sum of all exponentials."""
+    log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return pick(logits_BTV, targets_BT) - log_sum_BT, log_sum_BT
+
+
+def _chunks(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """Slices of the arrays [B, T, ...] along T."""
+    length = arrays[0].shape[1]
+    chunk = max(CHUNK, -(-length // 16))
+    return [tuple(a[:, start : start + chunk] for a in arrays) for start in range(0, length, chunk)]
 
 
 def pick(values_V: jax.Array, ids: jax.Array) -> jax.Array:

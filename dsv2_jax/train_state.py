@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from dsv2_jax import model
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Dropping
-from dsv2_jax.loss import log_probs
+from dsv2_jax.loss import log_likelihood
 from dsv2_jax.model import Decoder
 from dsv2_jax.train_config import TrainConfig
 from dsv2_jax.weights import Weights, path_name
@@ -120,7 +120,7 @@ def objective(params: Decoder, batch: Batch, config: TrainConfig, share: Share) 
         dispatch=config.dispatch,
     )
     with jax.named_scope("loss"):
-        lm = -(log_probs(decoder, hidden_BTD, batch["targets"]) * batch["loss_mask"]).sum() / share.tokens
+        lm = -log_likelihood(decoder, hidden_BTD, batch["targets"], batch["loss_mask"] / share.tokens)
     sums = {"loss/lm": lm} | {f"loss/{name}": jnp.zeros(()) for name in BALANCES}
     if stats:  # a model may have no MoE layer
         for name, (alpha, kind) in _balance_terms(decoder.cfg, config).items():
@@ -199,7 +199,7 @@ def evaluate(params: Decoder, batch: Batch, config: TrainConfig) -> tuple[jax.Ar
     batch = {name: array[0] for name, array in batch.items() if array.ndim == 3}
     hidden_BTD, _, _ = decoder(*_inputs(batch), dispatch=config.dispatch)
     mask_BT = batch["loss_mask"]
-    return -(log_probs(decoder, hidden_BTD, batch["targets"]) * mask_BT).sum(), mask_BT.sum()
+    return -log_likelihood(decoder, hidden_BTD, batch["targets"], mask_BT), mask_BT.sum()
 
 
 def place(microbatches: Sequence[Mapping[str, np.ndarray]], most: int, stop: bool = False) -> Batch:
