@@ -23,7 +23,7 @@ from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
 from dsv2_jax.rope import cos_sin
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
-from pallas_kernels.einsum import einsum_float32
+from pallas_kernels.einsum import PRODUCT, einsum_float32
 from sharding import specs
 from sharding.expert_parallel import ARRIVED
 
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
         cache: LatentCache | None = None,
         *,
         absorbed: bool = False,
-        remat: bool = False,
+        remat: str = "none",
         regather: bool = False,
         dropping: Dropping | None = None,
         dispatch: str | None = None,
@@ -93,7 +93,8 @@ class Decoder(nnx.Module):
             tokens_BT, positions_BT, segment_ids_BT: int32; attention stays within a segment (ignored when absorbed).
             cache: tokens are written to it at their positions, which must be consecutive.
             absorbed: attend over the cache, else over these tokens only.
-            remat: recompute each layer in the backward pass, but for what came over the wire.
+            remat: what the backward pass computes again: none; elementwise, all but matmuls and kernels; full, each whole layer.
+                What came over the wire is kept.
             regather: where parameters are cut (ZeRO), gather a layer's again in the backward pass instead of keeping them.
             dropping, dispatch: see `context.Context`.
 
@@ -107,9 +108,12 @@ class Decoder(nnx.Module):
             layer, layer_cache = layer_and_cache
             return specs.gather(layer)(x_BTD, ctx, layer_cache, absorbed)
 
-        if remat:
+        if remat != "none":
             kept = (ARRIVED,) if regather else (ARRIVED, specs.GATHERED)
-            layer_step = jax.checkpoint(layer_step, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+            policy = jax.checkpoint_policies.save_only_these_names(*kept, *([PRODUCT] if remat == "elementwise" else []))
+            if remat == "elementwise":
+                policy = jax.checkpoint_policies.save_from_both_policies(policy, jax.checkpoint_policies.dots_saveable)
+            layer_step = jax.checkpoint(layer_step, policy=policy)
         elif regather:
             layer_step = jax.checkpoint(layer_step, policy=specs.keep_all_but_gathered)
         caches, stats, first = [], [], 0

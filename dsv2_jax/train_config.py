@@ -38,7 +38,7 @@ class TrainConfig:
     capacity_factor: float | None = 1.0  # of a group's budget of token-expert pairs (section 2.2.4); null: nothing is dropped
     drop_pool: int = 8  # consecutive sequences that share a budget
     exempt_share: float = 0.1  # of sequences, of which nothing is dropped
-    remat: str = "full"  # none | full: recompute each layer in the backward pass
+    remat: str = "full"  # none | elementwise | full: what the backward pass computes again: all but matmuls, or each layer
     zero: int = 1  # 1 | 3: of a layer's gathered weights, keep them for the backward pass | gather them again
     dispatch: str | None = None  # all_to_all | all_gather; null: the faster one at this mesh
     max_skipped: int = 10  # steps in a row whose loss or gradient is not finite, after which training ends
@@ -74,7 +74,7 @@ class TrainConfig:
             require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         require(self, "first_decay", 0 <= self.first_decay <= self.second_decay, "in [0, second_decay]")
         require(self, "dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
-        require(self, "remat", self.remat in ("none", "full"), "none or full")
+        require(self, "remat", self.remat in ("none", "elementwise", "full"), "none, elementwise or full")
         require(self, "balance", self.balance in ("paper", "released"), "paper or released")
         require(self, "zero", self.zero in (1, 3), "1 or 3")
         require(self, "dispatch", self.dispatch in (None, *DISPATCHES), f"null or one of {', '.join(DISPATCHES)}")

@@ -114,7 +114,7 @@ def objective(params: Decoder, batch: Batch, config: TrainConfig, share: Share) 
         dropping = Dropping(share.exempt_B, config.capacity_factor, config.drop_pool)
     hidden_BTD, _, stats = decoder(
         *_inputs(batch),
-        remat=config.remat == "full",
+        remat=config.remat,
         regather=config.zero == 3,
         dropping=dropping,
         dispatch=config.dispatch,

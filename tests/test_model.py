@@ -96,11 +96,12 @@ def test_experts_are_split_over_the_expert_axis_and_the_rest_is_not():
             assert (leaf.sharding.spec[1] if leaf.ndim > 1 else None) == expected, name
 
 
-def test_float32_never_becomes_tf32():
+@pytest.mark.parametrize("remat", ["none", "elementwise", "full"])
+def test_float32_never_becomes_tf32(remat):
     """Every matmul of a float32 gradient asks for full precision, which only a GPU would not give by itself."""
 
     def total(m, ids):
-        hidden_BTD, _, _ = m(*model.from_zero(ids), remat=True)
+        hidden_BTD, _, _ = m(*model.from_zero(ids), remat=remat)
         return log_likelihood(m, hidden_BTD, ids, jnp.ones(ids.shape))
 
     lowered = jax.jit(jax.grad(total)).lower(model.abstract(TINY, jnp.float32), jax.ShapeDtypeStruct((2, 16), jnp.int32))
