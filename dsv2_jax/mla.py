@@ -6,6 +6,8 @@ absorbed: bring queries into the latent space (w_uk) and the result out of it (w
 Letters: B batch, T positions, S cached positions, D model, N heads, H nope dim, R rope dim, V value dim, Q query latent, C kv latent.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +19,7 @@ from dsv2_jax.context import Context
 from dsv2_jax.rope import rotate, softmax_scale
 from pallas_kernels import reference
 from pallas_kernels.mla_attention import mla_attention
+from sharding import specs
 
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
 
@@ -86,7 +89,9 @@ class MLA(nnx.Module):
         else:
             k_nope_BTNH = jnp.einsum("btc,cnh->btnh", c_kv_BTC, self.w_uk)
             v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, self.w_uv)
-            o_BTNV = mla_attention(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT, scale=scale)
+            # Kernels know no mesh: each device attends over its own sequences.
+            attend = jax.shard_map(functools.partial(mla_attention, scale=scale), out_specs=specs.heads_BTNV)
+            o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
         return jnp.einsum("btnv,nvd->btd", o_BTNV, self.w_o), cache
 
     def _queries(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:

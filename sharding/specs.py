@@ -1,6 +1,7 @@
 """Every PartitionSpec of the program, named once, and where parameters lie: in use, and at rest.
 
-Letters: L layers, B batch, T positions, D model, C latent, E experts, F expert hidden. A name's suffix is the shape it is for.
+Letters: L layers, B batch, T positions, D model, N heads, V value dim, C latent, E experts, F expert hidden. A name's suffix is
+the shape it is for.
 """
 
 import math
@@ -18,6 +19,7 @@ replicated = P()
 tokens_BT = P(BATCH, None)
 microbatches_ABT = P(None, BATCH, None)
 activations_BTD = P(BATCH, None, None)
+heads_BTNV = P(BATCH, None, None, None)
 per_request_B = P(BATCH)
 logits_BV = P(BATCH, None)
 experts_EDF = P("expert", None, None)
