@@ -17,7 +17,10 @@ def log_probs(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array) -> j
     """float32 [B, T]: the log-probability of each target."""
 
     def island(w_head_DV, *arrays):
-        parts = [_log_probs(head_logits(hidden_BTD, w_head_DV), targets_BT)[0] for hidden_BTD, targets_BT in _chunks(*arrays)]
+        parts = []
+        for hidden_BTD, targets_BT in _chunks(*arrays):
+            hidden_BTD, parts = _after(hidden_BTD, parts)
+            parts.append(_log_probs(head_logits(hidden_BTD, w_head_DV), targets_BT)[0])
         return jnp.concatenate(parts, axis=1)
 
     return jax.shard_map(island, out_specs=specs.tokens_BT)(model.w_head[...], hidden_BTD, targets_BT)
@@ -40,6 +43,7 @@ def log_likelihood(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array,
 def _log_likelihood(w_head_DV, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
     total = 0.0
     for hidden, targets, weights in _chunks(hidden_BTD, targets_BT, weights_BT):
+        hidden, total = _after(hidden, total)
         total += (weights * _log_probs(head_logits(hidden, w_head_DV), targets)[0]).sum()
     return total
 
@@ -47,6 +51,9 @@ def _log_likelihood(w_head_DV, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
 def _forward(w_head_DV, hidden_BTD, targets_BT, weights_BT):
     total, dw_DV, dhidden = 0.0, 0.0, []
     for hidden, targets, weights in _chunks(hidden_BTD, targets_BT, weights_BT):
+        hidden, dw_DV = jax.lax.optimization_barrier(
+            (hidden, dw_DV)
+        )  # one chunk after the other: XLA would make all logits first
         logits_BTV = head_logits(hidden, w_head_DV)
         log_probs_BT, log_sum_BT = _log_probs(logits_BTV, targets)
         total += (weights * log_probs_BT).sum()
@@ -69,6 +76,11 @@ def _log_probs(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array,
     """The targets' log-probabilities, and the logarithm of the sum of all exponentials."""
     log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return pick(logits_BTV, targets_BT) - log_sum_BT, log_sum_BT
+
+
+def _after(hidden, results) -> tuple:
+    """Both, `hidden` not before `results`: XLA would make the logits of all chunks first."""
+    return jax.lax.optimization_barrier((hidden, results))
 
 
 def _chunks(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
