@@ -14,7 +14,7 @@ from dsv2_jax.context import Context, Dropping
 from dsv2_jax.fields import InputError
 from dsv2_jax.mla import init_normal
 from dsv2_jax.router import Routing, balance, expert_load, group_of, reach, route
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_mlp import grouped_mlp
 from sharding import dropping, specs
 from sharding.expert_parallel import routed_experts
 
@@ -44,10 +44,10 @@ class RoutedExperts(nnx.Module):
         self.w_up = init_normal(rngs, cfg, (e, d, f), dtype, specs.experts_EDF)
         self.w_down = init_normal(rngs, cfg, (e, f, d), dtype, specs.experts_EDF)
 
-    def __call__(self, rows_MD: jax.Array, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
-        gate_MF = grouped_matmul(rows_MD, self.w_gate[...], group_sizes_E, row_unit=row_unit)
-        up_MF = grouped_matmul(rows_MD, self.w_up[...], group_sizes_E, row_unit=row_unit)
-        return grouped_matmul(jax.nn.silu(gate_MF) * up_MF, self.w_down[...], group_sizes_E, row_unit=row_unit)
+    def __call__(self, rows_MD: jax.Array, weight_M: jax.Array, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
+        """weight * expert(row) of rows in expert order."""
+        weights = self.w_gate[...], self.w_up[...], self.w_down[...]
+        return grouped_mlp(rows_MD, weight_M, *weights, group_sizes_E, row_unit)
 
 
 class DeepSeekMoE(nnx.Module):
@@ -78,7 +78,7 @@ class DeepSeekMoE(nnx.Module):
             experts_BTK,
             weights_BTK,
             self.experts,
-            lambda rows_MD, experts, sizes_E, unit: experts(rows_MD, sizes_E, unit),
+            RoutedExperts.__call__,
             num_experts=cfg.n_routed_experts,
             reach=reach(cfg, jax.sharding.get_abstract_mesh().shape["expert"]),
             dispatch=ctx.dispatch,

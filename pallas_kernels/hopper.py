@@ -27,3 +27,18 @@ def swizzled(dtype, swizzle: int = 128) -> tuple:
 def spread(x: jax.Array, shape: tuple[int, int], dim: int = 0) -> jax.Array:
     """Broadcasts a vector in layout ROW (dim 0) or COL (dim 1) to a WGMMA array. (Layout inference fails on kept dimensions.)"""
     return lax.broadcast_in_dim(x, shape, [dim])
+
+
+def drain(free, steps: jax.Array, stages: int, first: int = 0) -> None:
+    """Waits until the last of `steps` uses of a ring are over: a program must not end with a completion nobody waited for."""
+
+    def wait(step, _):
+        plgpu.barrier_wait(free.at[first + lax.rem(step, jnp.int32(stages))])
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
+
+
+def vary_like(x: jax.Array, out: jax.Array) -> jax.Array:
+    """What a kernel made of x, varying over the mesh as x does: inside `shard_map`, kernels' results do not say that they do."""
+    axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying
+    return lax.pcast(out, tuple(axes), to="varying") if axes else out

@@ -49,13 +49,13 @@ def routed_experts(
     reach: tuple[int, float],
     dispatch: str | None = None,
 ) -> jax.Array:
-    """sum_k weights[k] * expert_fn(x, expert k) in x's dtype: sums in float32, rounded once for each device that contributes.
+    """sum_k weights[k] * expert_k(x) in x's dtype: sums in float32, rounded once for each device that contributes.
 
     Args:
         x_BTD: tokens, batch over data x expert.
         experts_BTK, weights_BTK: chosen experts and float32 factors. The id `num_experts` stands for none: it travels nowhere.
         experts: the experts' weights, [num_experts, ...] over expert.
-        expert_fn: (rows_MD, experts, group_sizes_E, row_unit) -> [M, D], see `pallas_kernels.grouped_matmul`.
+        expert_fn: (experts, rows_MD, weight_M, group_sizes_E, row_unit) -> [M, D], weight * expert(row); see `grouped_matmul.py`.
         reach: the devices of an expert row that a token needs, at most and in the mean under uniform routing.
         dispatch: one of DISPATCHES; None is `default_dispatch`.
     """
@@ -148,8 +148,8 @@ def _multiply(x_ND, ids_NK, weights_NK, experts, *, expert_fn, fair_pairs: int) 
         )
         first, last = (jnp.clip(edge_E - r * chunk, 0, chunk) for edge_E in (starts_E, starts_E + sizes_E))
         with jax.named_scope("experts"):
-            out_RD = expert_fn(take_rows(x_ND, part), experts, last - first, unit)
-            return sum_rows(out_RD, weights_NK, part)
+            out_RD = expert_fn(experts, take_rows(x_ND, part), take_pairs(weights_NK, part), last - first, unit)
+            return add_rows(out_RD, part)
 
     operands, integers = (x_ND, weights_NK, experts), (order, sizes_E, starts_E)
     if chunk == most:
@@ -228,26 +228,15 @@ add_rows.defvjp(
 
 
 @jax.custom_vjp
-def sum_rows(rows_MD: jax.Array, weights_NK: jax.Array, order: Order) -> jax.Array:
-    """sum_k weights[n, k] * rows[row of pair n, k]: float32 [N, D]."""
-    rows_NKD = _gather(rows_MD, order.row_NK).astype(jnp.float32)
-    return (rows_NKD * weights_NK[..., None]).sum(axis=1)
+def take_pairs(weights_NK: jax.Array, order: Order) -> jax.Array:
+    """Every pair's weight in order: [M], zero for rows that hold no pair."""
+    return _gather(weights_NK.reshape(-1), order.pair_M)
 
 
-def _sum_rows_forward(rows_MD, weights_NK, order):
-    return sum_rows(rows_MD, weights_NK, order), (rows_MD, weights_NK, order)
-
-
-def _sum_rows_backward(saved, g_ND):
-    rows_MD, weights_NK, order = saved
-    k = weights_NK.shape[1]
-    weight_M1 = _gather(weights_NK.reshape(-1), order.pair_M)[:, None]
-    drows_MD = _gather(g_ND, order.pair_M // k) * weight_M1
-    dweights_NK = (_gather(rows_MD, order.row_NK).astype(jnp.float32) * g_ND[:, None]).sum(axis=-1)
-    return drows_MD.astype(rows_MD.dtype), dweights_NK, None
-
-
-sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
+take_pairs.defvjp(
+    lambda weights_NK, order: (take_pairs(weights_NK, order), order),
+    lambda order, g_M: (_gather(g_M, order.row_NK), None),
+)
 
 
 @jax.custom_vjp

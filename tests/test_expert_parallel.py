@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding import expert_parallel, specs
-from sharding.expert_parallel import expert_order, routed_experts, slots_per_device
+from sharding.expert_parallel import Order, expert_order, routed_experts, slots_per_device, take_rows
 from sharding.mesh import make_mesh
 
 B, T, D, E, K = 8, 24, 16, 8, 3
@@ -35,8 +35,8 @@ def operands(load):
     )
 
 
-def expert_fn(rows_MD, w_EDF, sizes_E, unit):
-    return grouped_matmul(rows_MD, w_EDF, sizes_E, row_unit=unit)
+def expert_fn(w_EDF, rows_MD, weight_M, sizes_E, unit):
+    return weight_M[:, None] * grouped_matmul(rows_MD, w_EDF, sizes_E, row_unit=unit)
 
 
 def compare(load, mesh_shape, dispatch):
@@ -123,3 +123,9 @@ def test_the_backward_pass_scatters_no_rows(mesh_shape, dispatch):
     assert "stablehlo.scatter" in text  # of integers
     scatters = re.findall(r"stablehlo\.scatter.*?\}\) : \((.*?)\)", text, re.DOTALL)
     assert scatters and [types for types in scatters if f"x{D}xf32" in types] == []
+
+
+def test_bfloat16_rows_move_bit_for_bit():
+    x_ND = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.bfloat16)
+    order = Order(jnp.asarray([9, 10, 0, 3], jnp.int32), jnp.asarray([[2, 4], [4, 3], [4, 4], [4, 4], [4, 0]], jnp.int32))
+    np.testing.assert_array_equal(take_rows(x_ND, order), jnp.concatenate([x_ND[4:], jnp.zeros((1, 6)), x_ND[:2]]))

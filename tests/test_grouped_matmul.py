@@ -1,13 +1,167 @@
-"""The grouped matmul against its reference, and its padding."""
+"""The grouped matmul and the experts' MLP against their references; the Hopper kernels in the interpreter, and lowered for CUDA."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax import P
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch, grouped_matmul_hopper, grouped_wgrad_hopper, tickets
 from pallas_kernels.grouped_matmul import grouped_matmul, padded_rows, row_unit
-from tests.kernel_cases import GroupedMatmulCases
+from pallas_kernels.grouped_mlp import grouped_mlp
+from tests.kernel_cases import GroupedCases, GroupedMatmulCases, GroupedMlpCases, close
 
 
 class TestXla(GroupedMatmulCases):
-    matmul = staticmethod(grouped_matmul)
+    matmul = staticmethod(functools.partial(grouped_matmul, implementation="xla"))
+
+
+class TestMlpXla(GroupedMlpCases):
+    mlp = staticmethod(functools.partial(grouped_mlp, implementation="xla"))
+    SIZES, UNITS = GroupedCases.SIZES[:3], (8,)
+
+
+class Bfloat16(GroupedCases):
+    """The models' widths, few experts; sizes around tiles, and all rows in one expert."""
+
+    DTYPE, BOUND = jnp.bfloat16, 5e-3
+    WIDTHS = (192, 64), (2048, 1408), (5120, 1536)
+    UNITS = 16, 64
+    SIZES = (307, 0, 1, 64, 190), (0, 0, 700, 0, 0), (0, 0, 0, 0, 0), (16, 193, 385, 100, 7)
+
+
+@pytest.mark.gpu
+class TestPallas(Bfloat16, GroupedMatmulCases):
+    matmul = staticmethod(functools.partial(grouped_matmul, implementation="pallas"))
+
+    def test_the_same_bits_every_time(self):
+        _, (x_MK, g_MF), w_EKF, sizes_E = self.operands((307, 0, 1, 64, 190), 16, (2048, 1408))
+        first, *others = [self.bits(x_MK, g_MF, w_EKF, sizes_E) for _ in range(100)]
+        assert all((a == b).all() for other in others for a, b in zip(first, other))
+
+    def bits(self, x_MK, g_MF, w_EKF, sizes_E):
+        out_MF, vjp = jax.vjp(lambda x, w: type(self).matmul(x, w, sizes_E, row_unit=16), x_MK, w_EKF)
+        used = 562 + 30 + 16  # rows of groups
+        dx_MK, dw_EKF = vjp(g_MF)
+        return [np.asarray(a).view(np.uint16) for a in (out_MF[:used], dx_MK[:used], dw_EKF)]
+
+
+@pytest.mark.gpu
+class TestMlpPallas(Bfloat16, GroupedMlpCases):
+    mlp = staticmethod(functools.partial(grouped_mlp, implementation="pallas"))
+
+
+class TestInterpreter(Bfloat16):
+    """The kernels' parts on three programs, which take tiles in turn: the interpreter has no atomics."""
+
+    SIZE, UNIT = (5, 0, 200, 64, 33), 64
+
+    @pytest.fixture(autouse=True)
+    def interpreter(self, monkeypatch):
+        def deal(_, slot, i):
+            slot[...] = jnp.full((1,), jax.lax.axis_index("sm") + 3 * i, jnp.int32)
+
+        monkeypatch.setattr(tickets, "new_counter", lambda: None)
+        monkeypatch.setattr(tickets, "take_ticket", deal)
+        for kernel in (grouped_matmul_hopper, grouped_wgrad_hopper):
+            monkeypatch.setattr(kernel, "SMS", 3)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            yield
+
+    def setup_method(self):
+        self.rng, self.sizes_E = np.random.default_rng(0), jnp.asarray(self.SIZE, jnp.int32)
+        padded = -(-np.array(self.SIZE) // self.UNIT) * self.UNIT
+        self.groups = [(e, slice(end - size, end)) for e, (end, size) in enumerate(zip(np.cumsum(padded), padded)) if size]
+
+    def poisoned(self, *width):
+        return self.rows(self.rng, self.SIZE, self.UNIT, *width)[1]
+
+    def by_group(self, out_M, wanted):
+        for e, mine in self.groups:
+            close(np.asarray(out_M[mine], np.float32), wanted(e, mine), self.BOUND)
+
+    def test_two_products_and_transposed_weights(self):
+        xs_MA = [self.poisoned(width) for width in (128, 64)]
+        ws_EBA = [self.weights(self.rng, 5, 320, width) for width in (128, 64)]
+        (out_MB,) = [grouped_matmul_hopper.matmul(xs_MA, ws_EBA, self.sizes_E, self.UNIT, transposed=True)]
+        self.by_group(out_MB, lambda e, mine: sum(exact(x[mine]) @ exact(w[e]).T for x, w in zip(xs_MA, ws_EBA)))
+
+    def test_swiglu(self):
+        x_MD, weight_M = self.poisoned(64), self.poisoned()
+        w_gate_EDF, w_up_EDF = (self.weights(self.rng, 5, 64, 128) for _ in range(2))
+        outs = grouped_matmul_hopper.swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, self.sizes_E, self.UNIT, save=True)
+
+        def gate(e, mine):
+            return exact(x_MD[mine]) @ exact(w_gate_EDF[e])
+
+        def up(e, mine):
+            return exact(x_MD[mine]) @ exact(w_up_EDF[e])
+
+        def hidden(e, mine):
+            return gate(e, mine) / (1 + np.exp(-gate(e, mine))) * up(e, mine) * exact(weight_M[mine])[:, None]
+
+        for out_MF, wanted in zip(outs, (hidden, gate, up), strict=True):
+            self.by_group(out_MF, wanted)
+
+    @pytest.mark.parametrize("arrays, block", [(1, 64), (2, 16)])
+    def test_weight_gradients(self, arrays, block):
+        x_MA = self.rows(self.rng, self.SIZE, block, 192)[1]
+        dys_MB = [self.rows(self.rng, self.SIZE, block, 192)[1] for _ in range(arrays)]
+        dws_EAB = grouped_wgrad_hopper.weight_gradients(x_MA, dys_MB, self.sizes_E, block, jnp.float32)
+        starts = np.cumsum(-(-np.array(self.SIZE) // block) * block)
+        for dw_EAB, dy_MB in zip(dws_EAB, dys_MB, strict=True):
+            for e, size in enumerate(self.SIZE):
+                first = starts[e] - -(-size // block) * block
+                mine = slice(first, first + size)
+                close(dw_EAB[e], exact(x_MA[mine]).T @ exact(dy_MB[mine]), self.BOUND)
+
+
+def exact(a):
+    return np.asarray(a, np.float32)
+
+
+@pytest.mark.parametrize("rows, unit", [(4096, 64), (64, 16)], ids=["training", "decode"])
+def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
+    widths = [(2048, 1408), (2048, 1408), (1408, 2048)]
+    batch = P(("data", "expert"))
+
+    def mlp(x_MD, weight_M, experts, sizes_E):
+        experts = jax.tree.map(lambda w: jax.lax.pcast(w, "data", to="varying"), experts)
+        return grouped_mlp(x_MD, weight_M, *experts, sizes_E, unit, "pallas")
+
+    def gradients(x_MD, weight_M, experts, sizes_E):
+        out_MD, vjp = jax.vjp(lambda *a: jax.shard_map(mlp, out_specs=batch)(*a, sizes_E), x_MD, weight_M, experts)
+        return vjp(out_MD)
+
+    def array(shape, dtype=jnp.bfloat16, spec=batch):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(jax.sharding.get_abstract_mesh(), spec))
+
+    experts = [array((4, *width), spec=P("expert")) for width in widths]
+    args = array((rows, 2048)), array((rows,), jnp.float32), experts, array((4,), jnp.int32, P("expert"))
+    text = jax.jit(gradients).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 6
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": jax.ShapeDtypeStruct((128, 64), jnp.float32)}, "float32"),
+        ({"w": jax.ShapeDtypeStruct((4, 96, 64), jnp.bfloat16)}, "64 divides"),
+        ({"unit": 8}, "row_unit is 8"),
+        ({"x": jax.ShapeDtypeStruct((120, 64), jnp.bfloat16)}, "120 rows"),
+    ],
+)
+def test_the_kernel_says_what_it_needs(change, message, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
+    fits = {"x": jax.ShapeDtypeStruct((128, 64), jnp.bfloat16), "w": jax.ShapeDtypeStruct((4, 64, 64), jnp.bfloat16), "unit": 16}
+    operands = fits | change
+    run = functools.partial(grouped_matmul, row_unit=operands["unit"], implementation="pallas")
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(run, operands["x"], operands["w"], jax.ShapeDtypeStruct((4,), jnp.int32))
 
 
 def test_padded_rows_always_suffice():

@@ -1,0 +1,120 @@
+"""The tiles of a persistent kernel, handed out in order, each to the SM that asks first.
+
+Tiles differ in height. Dealt in turn, neighbours that share a weight tile drift apart and miss each other's reads in L2: the
+grouped matmul of V2's shape took 449-474 TFLOP/s in turn and 615 by tickets. One warpgroup of a program, the leader, takes
+tickets from a counter in global memory and passes them to the others through a ring in shared memory.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref
+
+from pallas_kernels.hopper import drain
+
+ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
+
+
+def ring(readers: int, depth: int, attached: int = 0) -> list:
+    """Scratch types: tickets with room for `attached` words, and barriers: it has come; all `readers` are done with its tile.
+
+    `depth` tickets: the leader may be that many tiles ahead of the end of the slowest reader's tile.
+    """
+    return [
+        plgpu.SMEM((depth, ATTACHED + attached), jnp.int32),
+        plgpu.Barrier(num_arrivals=2 if attached else 1, num_barriers=depth),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=depth),
+    ]
+
+
+def lead(describe: Callable, tile: Callable, init, count: jax.Array, refs: list, attach: Callable | None = None):
+    """Takes tickets and runs `carry = tile(fields, carry)` for those below `count`; returns the carry and a final wait.
+
+    `fields = describe(ticket)` reads what the tile is from global memory and passes it on: the readers would have to wait for it,
+    the leader is some steps ahead. `attach(fields, words, barrier)` starts one copy that comes along. Call the wait at the very end.
+    """
+    tiles, come, done = refs
+    depth = tiles.shape[0]
+    counter = new_counter()
+
+    def take(i):
+        slot = lax.rem(i, jnp.int32(depth))
+        pl.when(i >= depth)(lambda: plgpu.barrier_wait(done.at[slot]))
+        take_ticket(counter, tiles.at[slot, pl.ds(0, 1)], i)
+        ticket = tiles[slot, 0]
+        described = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)))
+        for place, field in enumerate(described, 1):
+            tiles[slot, place] = field
+        # Read back: what comes from shared memory may be carried by a loop inside `shard_map` too, where operands vary by device.
+        fields = [tiles[slot, place] for place in range(1, 1 + len(described))]
+        if attach:
+            attach(fields, words(refs, slot), come.at[slot])
+        plgpu.barrier_arrive(come.at[slot])
+        return ticket, fields
+
+    def step(state):
+        i, (_, fields), carry = state
+        carry = tile(fields, carry)
+        return i + 1, take(i + 1), carry
+
+    zero = jnp.int32(0)
+    last, _, carry = lax.while_loop(lambda state: state[1][0] < count, step, (zero, take(zero), init))
+    return carry, lambda: drain(done, last + 1, depth)
+
+
+def follow(tile: Callable, fields: int, init, count: jax.Array, refs: list):
+    """Runs `carry = tile(fields, slot, carry)` for the leader's tiles; what `words` holds in the slot stays until `tile` returns."""
+    tiles, come, done = refs
+    depth = tiles.shape[0]
+
+    def take(i):
+        slot = lax.rem(i, jnp.int32(depth))
+        plgpu.barrier_wait(come.at[slot])
+        return tiles[slot, 0]
+
+    def step(state):
+        i, _, carry = state
+        slot = lax.rem(i, jnp.int32(depth))
+        carry = tile([tiles[slot, place] for place in range(1, 1 + fields)], slot, carry)
+        plgpu.barrier_arrive(done.at[slot])
+        return i + 1, take(i + 1), carry
+
+    zero = jnp.int32(0)
+    last, _, carry = lax.while_loop(lambda state: state[1] < count, step, (zero, take(zero), init))
+    plgpu.barrier_arrive(done.at[lax.rem(last, jnp.int32(depth))])
+    return carry
+
+
+def words(refs: list, slot: jax.Array):
+    """What is attached to the ticket in a slot."""
+    return refs[0].at[slot, pl.ds(ATTACHED, refs[0].shape[1] - ATTACHED)]
+
+
+def new_counter():
+    """A counter of the whole grid, zero when a launch begins; every call makes another."""
+    return pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+
+def take_ticket(counter, slot, i: jax.Array) -> None:
+    """Leaves this program's i-th ticket in shared memory: one thread adds 1 to the counter and keeps its old value.
+
+    (Pallas' atomics return nothing. The interpreter has none; its tests put a function of `i` here.)
+    """
+    del i
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def emit(_, counter, slot):
+        with mgpu.utils.when(mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.WARPGROUP)):
+            add = "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;"
+            pointer, i32 = mgpu.utils.memref_ptr(counter), ir.IntegerType.get_signless(32)
+            old = llvm.inline_asm(i32, [pointer], add, "=r,l", has_side_effects=True)
+            memref.store(old, slot, [arith.constant(ir.IndexType.get(), 0)])
+        mgpu.utils.warpgroup_barrier()
+
+    emit(counter, slot)
