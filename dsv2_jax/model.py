@@ -131,7 +131,8 @@ class Decoder(nnx.Module):
         return head_logits(hidden, self.w_head[...])
 
     def _embed(self, tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, Context]:
-        x_BTD = self.embed.at[tokens_BT].get(out_sharding=specs.activations_BTD)
+        # Looked up in float32, so that its gradient is summed in float32: a frequent token's is a sum of hundreds.
+        x_BTD = self.embed[...].astype(jnp.float32).at[tokens_BT].get(out_sharding=specs.activations_BTD).astype(self.embed.dtype)
         return x_BTD, Context(positions_BT, segment_ids_BT, *cos_sin(self.cfg, positions_BT))
 
     def _norm(self, x_BTD: jax.Array) -> jax.Array:

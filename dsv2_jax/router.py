@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
+from pallas_kernels.einsum import einsum_float32
 from sharding import specs
 
 
@@ -29,9 +30,7 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
 
     A group's score is the maximum of its experts' (device-limited routing; DeepSeek-V3's sum of two is another rule).
     """
-    logits_BTE = jnp.einsum(
-        "btd,de->bte", x_BTD.astype(jnp.float32), w_router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    logits_BTE = einsum_float32("btd,de->bte", x_BTD, w_router_DE)  # products of bfloat16 numbers are exact in float32
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     allowed_BTE = scores_BTE
     if cfg.topk_method == "group_limited_greedy":
@@ -40,7 +39,9 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
         chosen_BTG = jax.nn.one_hot(groups_BTM, cfg.n_group, dtype=bool).any(axis=-2)
         # Below 0, not 0: a chosen group's affinities may underflow to that, and a tie must not lead out of the groups.
         allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, -1.0).reshape(scores_BTE.shape)
-    affinities_BTK, experts_BTK = _top_k(allowed_BTE, cfg.num_experts_per_tok)
+    _, experts_BTK = _top_k(jax.lax.stop_gradient(allowed_BTE), cfg.num_experts_per_tok)
+    # By a sum, whose gradient, unlike that of a look-up, adds nothing up in an order that changes from run to run.
+    affinities_BTK = (scores_BTE[:, :, None] * jax.nn.one_hot(experts_BTK, cfg.n_routed_experts)).sum(axis=-1)
     if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
         weights_BTK = affinities_BTK / (
             affinities_BTK.sum(axis=-1, keepdims=True) + 1e-20

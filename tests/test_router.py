@@ -64,7 +64,7 @@ def test_router_works_in_float32_whatever_the_input():
     )
     low, high = route(x_BTD, w_DE, CFG), route(x_BTD.astype(jnp.float32), w_DE.astype(jnp.float32), CFG)
     assert low.scores_BTE.dtype == low.weights_BTK.dtype == jnp.float32
-    np.testing.assert_array_equal(low.scores_BTE, high.scores_BTE)
+    np.testing.assert_allclose(low.scores_BTE, high.scores_BTE, rtol=1e-5)  # the order of the sums; a bfloat16 sum is 1e-3 off
 
 
 def naive_balance(experts_BTK, scores_BTE, cfg):
