@@ -2,7 +2,11 @@
 
 A tile is 128 columns of x by 256 of dy: two consumers share the x tile and have 128 columns of dy each, of one array or of two
 (gate and up). A tile may be five steps long, as long as it takes to store one, so the consumers must take turns at that: the
-second one's rows come from a loader of its own, which begins `LAG` steps late, and stays behind.
+second one has a loader of its own, which begins `LAG` steps late, and stays behind. A fifth warpgroup takes the tickets.
+
+One H200, rate over that of one dense cuBLAS matmul of the same FLOPs (kernel times, single calls of each in turn, medians), with
+LAG 1, 2, 3 and x stages 4, 5, 6: V2-Lite, 1536 rows an expert, 0.905, 0.912, 0.928 (655 TFLOP/s); V2, 307 rows an expert, 0.699,
+0.710, 0.734 (499 TFLOP/s). A fourth stage of dy changes nothing (0.910, 0.711), nor do tiles in the other order (0.928, 0.736).
 
 Letters: M rows, A columns of x, B columns of dy, E experts.
 """
@@ -20,7 +24,7 @@ from pallas_kernels.hopper import PARAMS, SMS, drain, swizzled, vary_like
 
 STEP = 64  # rows: wgmma wants a whole swizzled block of the contraction
 SIDE = 128  # of a consumer's square of the result
-LAG = 1
+LAG = 3
 
 
 class Stages(NamedTuple):
@@ -29,7 +33,7 @@ class Stages(NamedTuple):
     out: int  # blocks of 64 rows by 128 bytes that a consumer can be storing
 
 
-STAGES = Stages(4, 3, 4)
+STAGES = Stages(6, 3, 2)  # figures above; `python -m benchmarks.grouped_matmul --tune`
 
 
 def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jnp.dtype) -> list[jax.Array]:
@@ -49,7 +53,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
         dy_gmems, refs = refs[: len(dys_MB)], refs[len(dys_MB) :]
         first_gmem, units_gmem, *refs = refs
         dw_gmems, refs = refs[: len(dys_MB)], refs[len(dys_MB) :]
-        x_smem, dy_smem, out_smem, x_full, x_free, dy_full, dy_free, *ring = refs
+        x_smem, dy_smem, out_smem, x_full, x_free, dy_full, dy_free, begun, *ring = refs
         wg = lax.axis_index("wg")
 
         def slot(step, stages):
@@ -122,8 +126,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
             def tile(fields, _, before):
                 _, _, b, first, height = fields
                 steps = pl.cdiv(height, units)
-                # Once: the first consumer has used LAG steps.
-                pl.when((before == 0) & (steps > LAG) & (LAG > 0))(lambda: plgpu.barrier_wait(dy_free.at[LAG - 1]))
+                pl.when((before == 0) & (steps > LAG))(lambda: plgpu.barrier_wait(begun))
                 lax.fori_loop(0, steps, lambda k, _: load_dy(1, b, k, before + k, first, height), None)
                 return before + steps
 
@@ -147,6 +150,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
                         s_x, s_dy = slot(before + k, x_stages), slot(before + k, dy_stages)
                         plgpu.barrier_wait(x_full.at[s_x])
                         plgpu.barrier_wait(dy_full.at[wg * dy_stages + s_dy])
+                        pl.when((wg == 0) & (before + k == LAG) & (before == 0))(lambda: plgpu.barrier_arrive(begun))
                         plgpu.wgmma(acc, x_smem.at[s_x].transpose((1, 0)), dy_smem.at[wg, s_dy])
                         plgpu.wgmma_wait(1)
                         pl.when(k > 0)(lambda: free(k - 1))
@@ -181,6 +185,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
         plgpu.Barrier(num_arrivals=2, num_barriers=x_stages),
         plgpu.Barrier(num_arrivals=units, num_barriers=2 * dy_stages),
         plgpu.Barrier(num_arrivals=1, num_barriers=2 * dy_stages),
+        plgpu.Barrier(),
         *tickets.ring(readers=4, depth=4),
     ]
     kernel = plgpu.kernel(

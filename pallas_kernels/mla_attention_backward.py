@@ -6,6 +6,11 @@ scores and their gradients are computed once: 5 matmuls, where a second kernel t
 dQ up in float32 with atomics, from all key blocks, moves three times the bytes in no fixed order. dS takes half of
 2 B N T^2 bytes; it exists for some heads at a time.
 
+On an H200, forward and backward in turn with torch SDPA on cuDNN (random gradients, medians of 5 pairs of 0.15 s): 1.18x at
+2 x 4096 tokens and 128 heads (1.11 to 1.21), 1.18x at 4 x 4096 and 16 (1.12 to 1.20), 1.11x at 16384 and 64 (1.07 to 1.14).
+At the first of these dK and dV take 5.3 ms (522 TFLOP/s), dQ 1.6 ms (525 TFLOP/s, dS read at 2.7 TB/s). Power binds: in such
+bursts the card draws its 700 W and the clock falls from 1.98 GHz to 1.6, in dQ's kernel to 1.3.
+
 Letters: see reference.py; S the length in whole blocks, K blocks of 128 keys or queries, X heads of a chunk, P groups of heads,
 R tiles (with X) or the rope dimension.
 """

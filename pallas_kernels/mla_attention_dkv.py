@@ -5,7 +5,10 @@ a group: S^T = K Q^T, P^T = exp2(S^T - lse), dV += P^T dO, dP^T = V dO^T, dS^T =
 of dK stays in registers from head to head, which sums the group in float32. dS leaves for the kernel of dQ.
 
 Registers bind: of 240 a thread, dK takes 96, dV 64, and S^T or dP^T 32. P^T therefore goes into its product from registers,
-and dS^T through the shared memory that it leaves from, while the tensor cores have the next scores to compute.
+and dS^T through the shared memory that it leaves from, while the tensor cores have the next scores to compute. The loop over
+queries spills nothing where there are no segments; what ptxas reports is outside of it.
+
+Programs come in pairs, clusters of two with neighbouring keys: each brings half of the queries' tiles, to both.
 
 Letters: see mla_attention_backward.py.
 """

@@ -57,7 +57,7 @@ class TestMlpPallas(Bfloat16, GroupedMlpCases):
 class TestInterpreter(Bfloat16):
     """The kernels' parts on three programs, which take tiles in turn: the interpreter has no atomics."""
 
-    SIZE, UNIT = (5, 0, 200, 64, 33), 64
+    SIZE, UNIT = (300, 0, 5, 64, 33), 64
 
     @pytest.fixture(autouse=True)
     def interpreter(self, monkeypatch):

@@ -88,7 +88,6 @@ class TestGradients:
         attend = functools.partial(reference.mla_attention, scale=SCALE)
         with jax.default_matmul_precision("highest"):
             out_BTNV, vjp = jax.vjp(lambda *x: attend(*x, ids_BT), *inputs)
-            # The log-sum-exp is the gradient of scores' sums with respect to nothing the reference returns: computed apart.
             scores_BNTS = jnp.einsum("btnh,bsnh->bnts", inputs[0], inputs[2]) + jnp.einsum("btnr,bsr->bnts", inputs[1], inputs[3])
             length = scores_BNTS.shape[2]
             seen_BTS = jnp.tril(jnp.ones((length, length), bool))[None]
