@@ -6,19 +6,27 @@ warpgroup exponentiates, the other has the tensor cores. The pipeline runs on fr
 are computed together with the last values of the tile before, which leaves while the next begins.
 
 A tile is one program's alone and summed in a fixed order: the same operands give the same bits, whoever takes it.
+
+On an H200 at its power limit, medians of 9 rounds in which the variants took turns (TFLOP/s, and cuDNN's time through PyTorch over
+ours): 589 and 1.17 at 2 x 4096 x 128 heads, 536 and 1.17 at 4 x 4096 x 16, 696 and 1.30 at 1 x 16384 x 64; with one segment id for
+all, 554 and 500 at the first two. Energy sets the pace: with a maximum and a scaling for each block, 530, 508 and 577.
 Letters: see reference.py; S the length in whole blocks, K blocks of keys, Q of queries.
 """
 
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import tickets
 from pallas_kernels.hopper import COL, PARAMS, ROW, SMS, WGMMA, spread, swizzled
@@ -26,7 +34,9 @@ from pallas_kernels.hopper import COL, PARAMS, ROW, SMS, WGMMA, spread, swizzled
 BLOCK, HALF = 128, 64  # queries of a tile and keys of a block; rows of a warpgroup
 NOPE, ROPE, VALUE = 128, 64, 128
 STAGES = 2  # keys and values of two blocks take 160 KiB of 227, queries 48, the way out 16
-GROUP = 16  # heads whose tiles run side by side, so that those of one head meet its keys and values in L2
+# Heads whose tiles run side by side, so that those of one head meet its keys and values in L2. At 2 x 4096 x 128 heads all at once
+# cost 7%; 2 to 32 were level at all of benchmarks/mla_attention.py's shapes.
+GROUP = 16
 LOG2_E = math.log2(math.e)
 
 
@@ -81,12 +91,13 @@ def _spans(ids_BKS) -> jax.Array:
         [2, B, Q].
     """
     least_BK, most_BK = ids_BKS.min(axis=2), ids_BKS.max(axis=2)
-    block_K = jnp.arange(ids_BKS.shape[1], dtype=jnp.int32)
+    key = jnp.arange(ids_BKS.shape[1], dtype=jnp.int32)
+    query = key[:, None]
     meet_BQK = (least_BK[:, :, None] <= most_BK[:, None]) & (most_BK[:, :, None] >= least_BK[:, None])
-    first_BQ = jnp.argmax(meet_BQK, axis=2).astype(jnp.int32)
     equal_BQK = (least_BK[:, :, None] == most_BK[:, None]) & (most_BK[:, :, None] == least_BK[:, None])
-    unequal_BQK = ~equal_BQK & (block_K[:, None] >= block_K)
-    return jnp.stack([block_K - first_BQ + 1, block_K - jnp.where(unequal_BQK, block_K, -1).max(axis=2)])
+    first_BQ = jnp.where(meet_BQK, key, query).min(axis=2)
+    last_unequal_BQ = jnp.where(equal_BQK | (key > query), -1, key).max(axis=2)
+    return jnp.stack([key - first_BQ + 1, key - last_unequal_BQ])
 
 
 class _Tile(NamedTuple):
@@ -113,7 +124,6 @@ class _Shared(NamedTuple):
     k_free: Any
     v_full: Any
     v_free: Any
-    turn: Any  # a warpgroup's own, to use the tensor cores
     tiles: Any  # their ticket and the fields of `_Tile`, from the feeding warpgroup to the others
     tile_full: Any
     tile_free: Any
@@ -135,11 +145,18 @@ def _shared() -> _Shared:
         k_free=barriers(num_arrivals=2),
         v_full=barriers(),
         v_free=barriers(num_arrivals=2),
-        turn=plgpu.Barrier(num_barriers=2),
         tiles=plgpu.SMEM((2, 1 + len(_Tile._fields)), jnp.int32),
         tile_full=plgpu.Barrier(num_barriers=2),
         tile_free=plgpu.Barrier(num_arrivals=2, num_barriers=2),
     )
+
+
+def _slot(step):
+    return lax.rem(step, jnp.int32(STAGES))
+
+
+def _before(step):
+    return _slot(step + STAGES - 1)
 
 
 def _program(*refs, scale: float, shared: _Shared):
@@ -168,7 +185,7 @@ def _program(*refs, scale: float, shared: _Shared):
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        _attend(warpgroup, scale * LOG2_E, segments[:1], out_gmem, lse_gmem, shared)
+        _Rows(warpgroup, scale * LOG2_E, segments[:1], out_gmem, lse_gmem, shared).run()
 
 
 def _feed(tile, q_nope_gmem, q_rope_gmem, k_nope_gmem, k_rope_gmem, v_gmem, shared: _Shared):
@@ -196,13 +213,13 @@ def _feed(tile, q_nope_gmem, q_rope_gmem, k_nope_gmem, k_rope_gmem, v_gmem, shar
             plgpu.copy_gmem_to_smem(q_rope_gmem.at[this.row, at, this.head], shared.q_rope.at[half], shared.q_full.at[half])
 
         def keys(k):
-            slot, at = lax.rem(step + k, jnp.int32(STAGES)), pl.ds((this.query - k) * BLOCK, BLOCK)
+            slot, at = _slot(step + k), pl.ds((this.query - k) * BLOCK, BLOCK)
             pl.when(step + k >= STAGES)(lambda: plgpu.barrier_wait(shared.k_free.at[slot]))
             plgpu.copy_gmem_to_smem(k_nope_gmem.at[this.row, at, this.head], shared.k_nope.at[slot], shared.k_full.at[slot])
             plgpu.copy_gmem_to_smem(k_rope_gmem.at[this.row, at], shared.k_rope.at[slot], shared.k_full.at[slot])
 
         def values(k):
-            slot, at = lax.rem(step + k, jnp.int32(STAGES)), pl.ds((this.query - k) * BLOCK, BLOCK)
+            slot, at = _slot(step + k), pl.ds((this.query - k) * BLOCK, BLOCK)
             pl.when(step + k >= STAGES)(lambda: plgpu.barrier_wait(shared.v_free.at[slot]))
             plgpu.copy_gmem_to_smem(v_gmem.at[this.row, at, this.head], shared.v.at[slot], shared.v_full.at[slot])
 
@@ -222,37 +239,105 @@ def _feed(tile, q_nope_gmem, q_rope_gmem, k_nope_gmem, k_rope_gmem, v_gmem, shar
     lax.while_loop(lambda s: s[0], lambda s: feed_tile(s[1]), (True, (zero, take(zero), zero)))
 
 
-def _attend(mine, scale_log2, ids_gmem, out_gmem, lse_gmem, shared: _Shared):
-    """Computes rows `mine` * 64 and on of each tile."""
+class _Rows(NamedTuple):
+    """What a computing warpgroup does: rows `mine` * 64 and on of each tile."""
 
-    def slot(step):
-        return lax.rem(step, jnp.int32(STAGES))
+    mine: jax.Array
+    scale_log2: float  # scores are multiplied with it, and exponentials are of base 2
+    ids_gmem: list  # with segments, one
+    out_gmem: Any
+    lse_gmem: Any
+    shared: _Shared
 
-    def before(step):
-        return slot(step + STAGES - 1)
+    def run(self):
+        def tiles(out_acc):
+            first, zero = self.take(jnp.int32(0)), jnp.int32(0)
+            plgpu.barrier_wait(self.shared.k_full.at[0])
+            probs = plgpu.layout_cast(jnp.zeros((HALF, BLOCK), jnp.bfloat16), WGMMA)
+            top = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), ROW)
+            total = plgpu.layout_cast(jnp.ones((HALF, 8), jnp.float32), WGMMA)
+            state = zero, zero, first, first, probs, top, total
+            lax.while_loop(lambda s: s[0], lambda s: self.tile(out_acc, *s[1]), (True, state))
 
-    def multiply(out_acc, probs, step):
+        pl.run_scoped(tiles, plgpu.ACC((HALF, VALUE), jnp.float32))
+        plgpu.wait_smem_to_gmem(0)
+
+    def take(self, turn, more=True) -> _Tile:
+        at = lax.rem(turn, jnp.int32(2))
+        pl.when(more)(lambda: plgpu.barrier_wait(self.shared.tile_full.at[at]))
+        tile = _Tile(*(self.shared.tiles[at, place] for place in range(1, 1 + len(_Tile._fields))))
+        pl.when(more)(lambda: plgpu.barrier_arrive(self.shared.tile_free.at[at]))
+        return tile
+
+    def tile(self, out_acc, turn, step, last, tile, probs, top, total):
+        """The first block of a tile, together with the end of the last tile; then the other blocks."""
+        shared, more = self.shared, tile.more > 0
+        upcoming = self.take(turn + 1, more)
+        plgpu.barrier_wait(shared.q_full.at[self.mine])
+        pl.when(turn > 0)(lambda: plgpu.barrier_wait(shared.v_full.at[_before(step)]))
+        scores = self.multiply(out_acc, probs, step)
+        pl.when((tile.keys == 1) & more)(lambda: plgpu.barrier_arrive(shared.q_free.at[self.mine]))
+        row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=WGMMA)
+        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=WGMMA)
+        scores = self.hide(jnp.where(row + self.mine * HALF >= column, scores, -jnp.inf), tile, 0)
+        first_top = scores.max(axis=1) * self.scale_log2
+        first_probs, first_total = self.weigh(scores, first_top)
+        out = self.summed(out_acc, probs, step, more)
+
+        @pl.when(turn > 0)
+        def _():
+            plgpu.barrier_arrive(shared.v_free.at[_before(step)])
+            self.leave(out, top, total, last)
+
+        out_acc[...] = plgpu.layout_cast(jnp.zeros((HALF, VALUE), jnp.float32), WGMMA)
+        state = first_probs, first_top, first_total
+        state = lax.fori_loop(1, tile.keys, functools.partial(self.block, out_acc, step, tile), state)
+        return more, (turn + 1, step + tile.keys, tile, upcoming, *state)
+
+    def block(self, out_acc, step, tile, k, state):
+        """Block k of the keys, which is that of step + k, and the values of the block before."""
+        shared, step = self.shared, step + k
+        probs, top, total = state
+        plgpu.barrier_wait(shared.v_full.at[_before(step)])
+        scores = self.multiply(out_acc, probs, step)
+        pl.when(k == tile.keys - 1)(lambda: plgpu.barrier_arrive(shared.q_free.at[self.mine]))
+        scores = self.hide(scores, tile, k)
+        new_probs, sums = self.weigh(scores, top)
+        # Relative to the largest score of the first block exponentials may grow, up to an overflow: floating point does not mind.
+        # So no block needs its maximum, and the sums no scaling, which is a third of the instructions and their energy.
+        grown = _above(sums, 2.0**60)
+
+        def again():
+            new_top = jnp.maximum(top, scores.max(axis=1) * self.scale_log2)
+            return *self.weigh(scores, new_top), new_top
+
+        new_probs, sums, new_top = lax.cond(grown, again, lambda: (new_probs, sums, top))
+        factor = jnp.exp2(top - new_top)
+        out = self.summed(out_acc, probs, step)
+        plgpu.barrier_arrive(shared.v_free.at[_before(step)])
+        out_acc[...] = lax.cond(grown, lambda: out * spread(factor, out.shape), lambda: out)
+        return new_probs, new_top, total * spread(factor, total.shape) + sums
+
+    def multiply(self, out_acc, probs, step):
         """Scores of the block of this step, and the weighted sum of the values of the one before, which may still be running."""
-        now = slot(step)
+        shared, mine = self.shared, self.mine
         # `mine` in a form that the compiler cannot hoist out of the loop: descriptors kept there would be spilled.
         half = mine + lax.shift_right_logical(step, jnp.int32(31))
 
         def run(scores_acc):
-            plgpu.barrier_wait(shared.turn.at[mine])
-            plgpu.wgmma(scores_acc, shared.q_nope.at[half], shared.k_nope.at[now].transpose((1, 0)))
-            plgpu.wgmma(scores_acc, shared.q_rope.at[half], shared.k_rope.at[now].transpose((1, 0)))
-            plgpu.wgmma(out_acc, probs, shared.v.at[before(step)])
-            plgpu.barrier_arrive(shared.turn.at[1 - mine])
+            plgpu.wgmma(scores_acc, shared.q_nope.at[half], shared.k_nope.at[_slot(step)].transpose((1, 0)))
+            plgpu.wgmma(scores_acc, shared.q_rope.at[half], shared.k_rope.at[_slot(step)].transpose((1, 0)))
+            plgpu.wgmma(out_acc, probs, shared.v.at[_before(step)])
             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores_acc, wait_n=1))
 
         scores = pl.run_scoped(run, plgpu.ACC((HALF, BLOCK), jnp.float32))
-        plgpu.barrier_arrive(shared.k_free.at[now])
+        plgpu.barrier_arrive(shared.k_free.at[_slot(step)])
         return scores
 
-    def summed(out_acc, probs, step, more=True):
+    def summed(self, out_acc, probs, step, more=True):
         """The sum that `multiply` began, once it is done."""
         # This wait ends the basic block of the exponentials. In one block the compiler has them wait for the sum.
-        pl.when(more)(lambda: plgpu.barrier_wait(shared.k_full.at[slot(step + 1)]))
+        pl.when(more)(lambda: plgpu.barrier_wait(self.shared.k_full.at[_slot(step + 1)]))
         out = plgpu.wgmma_accumulator_load(out_acc, wait_n=0)
 
         # Never. wgmma reads `probs` until here, which ptxas 13.0 does not know: without a later use it puts the next ones into the
@@ -260,90 +345,52 @@ def _attend(mine, scale_log2, ids_gmem, out_gmem, lse_gmem, shared: _Shared):
         @pl.when(step < 0)
         def _():
             for half in (0, VALUE // 2):
-                shared.out[mine] = probs[:, half : half + VALUE // 2]
+                self.shared.out[self.mine] = probs[:, half : half + VALUE // 2]
 
         return out
 
-    def hide(scores, tile, k):
+    def hide(self, scores, tile, k):
         """Scores of other segments' keys become -inf; those of clear blocks have none."""
 
         def by_id(scores):
-            ids = ids_gmem[0].at[tile.row]
-            query_ids = plgpu.load(ids.at[pl.ds(tile.query * BLOCK + mine * HALF, HALF)], layout=ROW, optimized=False)
+            ids = self.ids_gmem[0].at[tile.row]
+            query_ids = plgpu.load(ids.at[pl.ds(tile.query * BLOCK + self.mine * HALF, HALF)], layout=ROW, optimized=False)
             key_ids = plgpu.load(ids.at[pl.ds((tile.query - k) * BLOCK, BLOCK)], layout=COL, optimized=False)
             return jnp.where(spread(query_ids, scores.shape) == spread(key_ids, scores.shape, 1), scores, -jnp.inf)
 
-        return lax.cond(k >= tile.clear, by_id, lambda scores: scores, scores) if ids_gmem else scores
+        return lax.cond(k >= tile.clear, by_id, lambda scores: scores, scores) if self.ids_gmem else scores
 
-    def weigh(scores, top):
-        probs = jnp.exp2(scores * scale_log2 - spread(top, scores.shape))
-        return probs.astype(jnp.bfloat16), probs.sum(axis=1)
+    def weigh(self, scores, top):
+        """The exponentials relative to `top`; and their sums over every eighth column, all that a thread has of a row."""
+        probs = jnp.exp2(scores * self.scale_log2 - spread(top, scores.shape))
+        return probs.astype(jnp.bfloat16), functools.reduce(operator.add, (probs[:, i : i + 8] for i in range(0, BLOCK, 8)))
 
-    def leave(out, top, total, tile):
-        at = pl.ds(tile.query * BLOCK + mine * HALF, HALF)
-        lse_gmem[tile.row, tile.head, at] = top + jnp.log(total) * LOG2_E
+    def leave(self, out, top, total, tile):
+        at, total = pl.ds(tile.query * BLOCK + self.mine * HALF, HALF), total.sum(axis=1)
+        self.lse_gmem[tile.row, tile.head, at] = top + jnp.log(total) * LOG2_E
         out = (out * spread(1 / total, out.shape)).astype(jnp.bfloat16)
         for half in (0, VALUE // 2):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            shared.out[mine] = out[:, half : half + VALUE // 2]
+            self.shared.out[self.mine] = out[:, half : half + VALUE // 2]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(shared.out.at[mine], out_gmem.at[tile.row, at, tile.head, pl.ds(half, VALUE // 2)])
+            out_gmem = self.out_gmem.at[tile.row, at, tile.head, pl.ds(half, VALUE // 2)]
+            plgpu.copy_smem_to_gmem(self.shared.out.at[self.mine], out_gmem)
 
-    def take(turn, more=True) -> _Tile:
-        at = lax.rem(turn, jnp.int32(2))
-        pl.when(more)(lambda: plgpu.barrier_wait(shared.tile_full.at[at]))
-        this = _Tile(*(shared.tiles[at, place] for place in range(1, 1 + len(_Tile._fields))))
-        pl.when(more)(lambda: plgpu.barrier_arrive(shared.tile_free.at[at]))
-        return this
 
-    def attend_tile(out_acc, state):
-        turn, step, last, this, probs, top, total = state
-        more = this.more > 0
-        upcoming = take(turn + 1, more)
-        plgpu.barrier_wait(shared.q_full.at[mine])
-        pl.when(turn > 0)(lambda: plgpu.barrier_wait(shared.v_full.at[before(step)]))
-        scores = multiply(out_acc, probs, step)
-        pl.when((this.keys == 1) & more)(lambda: plgpu.barrier_arrive(shared.q_free.at[mine]))
-        row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=WGMMA)
-        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=WGMMA)
-        scores = hide(jnp.where(row + mine * HALF >= column, scores, -jnp.inf), this, 0)
-        first_top = scores.max(axis=1) * scale_log2
-        first_probs, first_total = weigh(scores, first_top)
-        out = summed(out_acc, probs, step, more)
+def _above(x, limit: float):
+    """Whether a number of this warp's part of x, in layout WGMMA, is above `limit`; the warps of a warpgroup need not agree.
 
-        @pl.when(turn > 0)
-        def _():
-            plgpu.barrier_arrive(shared.v_free.at[before(step)])
-            leave(out, top, total, last)
+    (Pallas reduces over all of them, through shared memory.)
+    """
 
-        out_acc[...] = plgpu.layout_cast(jnp.zeros((HALF, VALUE), jnp.float32), WGMMA)
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+    def vote(_, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        largest = functools.reduce(arith.maximumf, (vector.extract(two, [], [i]) for two in x.registers.flat for i in range(2)))
+        text = "{ .reg .pred p; setp.gt.f32 p, $1, $2; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+        operands = [largest, arith.constant(f32, limit)]
+        return mgpu.FragmentedArray.splat(
+            llvm.inline_asm(i32, operands, text, "=r,f,f", has_side_effects=True), (), is_signed=True
+        )
 
-        def attend_block(k, carry):
-            probs, top, total = carry
-            plgpu.barrier_wait(shared.v_full.at[before(step + k)])
-            scores = multiply(out_acc, probs, step + k)
-            pl.when(k == this.keys - 1)(lambda: plgpu.barrier_arrive(shared.q_free.at[mine]))
-            scores = hide(scores, this, k)
-            new_top = jnp.maximum(top, scores.max(axis=1) * scale_log2)
-            factor = jnp.exp2(top - new_top)
-            new_probs, sums = weigh(scores, new_top)
-            out = summed(out_acc, probs, step + k)
-            plgpu.barrier_arrive(shared.v_free.at[before(step + k)])
-            out_acc[...] = out * spread(factor, out.shape)
-            return new_probs, new_top, total * factor + sums
-
-        carry = lax.fori_loop(1, this.keys, attend_block, (first_probs, first_top, first_total))
-        return more, (turn + 1, step + this.keys, this, upcoming, *carry)
-
-    def run(out_acc):
-        first, zero = take(jnp.int32(0)), jnp.int32(0)
-        plgpu.barrier_wait(shared.k_full.at[0])
-        probs = plgpu.layout_cast(jnp.zeros((HALF, BLOCK), jnp.bfloat16), WGMMA)
-        ones = plgpu.layout_cast(jnp.ones((HALF,), jnp.float32), ROW)
-        state = zero, zero, first, first, probs, ones, ones
-        lax.while_loop(lambda s: s[0], lambda s: attend_tile(out_acc, s[1]), (True, state))
-
-    pl.when(mine == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
-    pl.run_scoped(run, plgpu.ACC((HALF, VALUE), jnp.float32))
-    pl.when(mine == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
-    plgpu.wait_smem_to_gmem(0)
+    return vote(x) > 0

@@ -66,8 +66,7 @@ def test_a_forced_kernel_says_why_it_cannot_run():
         mla_attention.mla_attention(*wide, None, scale=1.0, implementation="pallas")
 
 
-@pytest.mark.parametrize("batch, length, heads", [(1, 1, 3), (2, 4096, 16)])
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("batch, length, heads, segmented", [(1, 1, 3, True), (2, 4096, 16, False)])
 def test_kernels_lower_for_cuda(monkeypatch, batch, length, heads, segmented):
     monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
     shapes = [(heads, 128), (heads, 64), (heads, 128), (64,), (heads, 128)]
