@@ -56,8 +56,8 @@ def quantise_rows(x_MK: jax.Array, implementation: str | None = None) -> Fp8Rows
     unsupported = None
     if x_MK.dtype != jnp.bfloat16:
         unsupported = f"the rows are {x_MK.dtype}, expected bfloat16"
-    elif x_MK.shape[0] == 0 or x_MK.shape[0] % 8:
-        unsupported = f"there are {x_MK.shape[0]} rows, expected a multiple of 8"
+    elif x_MK.shape[0] == 0 or x_MK.shape[0] % quantise_rows_hopper.ROWS:
+        unsupported = f"there are {x_MK.shape[0]} rows, expected a multiple of {quantise_rows_hopper.ROWS}"
     if choose(implementation, unsupported) == "pallas":
         return Fp8Rows(*quantise_rows_hopper.quantise_rows(x_MK, LEAST, LARGEST))
     scales_MG = jnp.maximum(jnp.abs(blocks_MGK).max(axis=2), LEAST) * (1 / LARGEST)
@@ -74,7 +74,7 @@ def grouped_matmul_fp8(x, w: Fp8Weights, group_sizes_E, row_unit: int, implement
     Raises: ValueError, if K or F is no multiple of 128, x and w differ in K, or the implementation is "pallas" and cannot run, with
         the reason.
     """
-    x = x if isinstance(x, Fp8Rows) else quantise_rows(x, implementation)
+    x = x if isinstance(x, Fp8Rows) else quantise_rows(x)
     (rows, depth), (_, columns, w_depth) = x.values_MK.shape, w.values_EFK.shape
     if depth != w_depth:
         raise ValueError(f"x has {depth} columns, expected K of w, {w_depth}")
