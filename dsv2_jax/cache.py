@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv2_jax.config import ModelConfig
+from pallas_kernels.latent_pages import PAGE
 from sharding import specs
 
 
@@ -21,8 +22,8 @@ class LatentCache(NamedTuple):
 
 
 def empty(cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> LatentCache:
-    """A cache of zeros; positions at or past a request's length are never read."""
-    shape = (cfg.num_hidden_layers, batch, capacity)
+    """A cache of zeros for `capacity` tokens at least, in whole pages; positions past a request's last token count for nothing."""
+    shape = (cfg.num_hidden_layers, batch, -(-capacity // PAGE) * PAGE)
     return LatentCache(
         jnp.zeros((*shape, cfg.kv_lora_rank), dtype, out_sharding=specs.cache_LBSC),
         jnp.zeros((*shape, cfg.qk_rope_head_dim), dtype, out_sharding=specs.cache_LBSC),

@@ -17,8 +17,9 @@ from dsv2_jax.cache import LatentCache
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context
 from dsv2_jax.rope import rotate, softmax_scale
-from pallas_kernels import reference
+from pallas_kernels import latent_pages
 from pallas_kernels.mla_attention import mla_attention
+from pallas_kernels.mla_decode import mla_decode
 from sharding import specs
 
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
@@ -80,16 +81,15 @@ class MLA(nnx.Module):
             start_B = ctx.positions_BT.min(axis=1)  # not [:, 0]: JAX drops the sharding of a slice of shape [1, 1]
             cache = latent_cache.write(cache, c_kv_BTC, k_rope_BTR, start_B)
         scale = softmax_scale(self.cfg)
+        # Kernels know no mesh: each device attends over its own sequences.
         if absorbed:
             q_latent_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope_BTNH, self.w_uk)
-            o_latent_BTNC = reference.latent_attention(
-                q_latent_BTNC, q_rope_BTNR, cache.c_kv_LBSC, cache.k_rope_LBSR, ctx.positions_BT, scale=scale
-            )
+            attend = jax.shard_map(functools.partial(_over_cache, scale=scale), out_specs=specs.heads_BTNV, check_vma=False)
+            o_latent_BTNC = attend(q_latent_BTNC, q_rope_BTNR, cache.c_kv_LBSC, cache.k_rope_LBSR, ctx.positions_BT)
             o_BTNV = jnp.einsum("btnc,cnv->btnv", o_latent_BTNC, self.w_uv)
         else:
             k_nope_BTNH = jnp.einsum("btc,cnh->btnh", c_kv_BTC, self.w_uk)
             v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, self.w_uv)
-            # Kernels know no mesh: each device attends over its own sequences.
             attend = jax.shard_map(functools.partial(mla_attention, scale=scale), out_specs=specs.heads_BTNV)
             o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
         return jnp.einsum("btnv,nvd->btd", o_BTNV, self.w_o), cache
@@ -102,3 +102,8 @@ class MLA(nnx.Module):
             q_BTNX = jnp.einsum("btq,qnx->btnx", c_q_BTQ, self.w_uq)
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
         return q_nope_BTNH, rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)
+
+
+def _over_cache(q_latent_BTNC, q_rope_BTNR, c_kv_BSC, k_rope_BSR, positions_BT, *, scale: float) -> jax.Array:
+    pages = latent_pages.contiguous(c_kv_BSC, k_rope_BSR)
+    return mla_decode(q_latent_BTNC, q_rope_BTNR, pages, None, positions_BT, scale=scale)

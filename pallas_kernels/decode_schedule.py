@@ -49,7 +49,9 @@ def make_schedule(positions_BT: jax.Array, num_heads: int) -> Schedule:
     share, rest = jnp.divmod(ends_B[-1], workers)
     index_W1 = jnp.arange(workers + 1, dtype=jnp.int32)
     cost_W1 = index_W1 * share + jnp.minimum(index_W1, rest)
-    request_W1 = jnp.minimum(jnp.searchsorted(ends_B, cost_W1, side="right", method="compare_all"), len(blocks_B) - 1).astype(jnp.int32)
+    request_W1 = jnp.minimum(jnp.searchsorted(ends_B, cost_W1, side="right", method="compare_all"), len(blocks_B) - 1).astype(
+        jnp.int32
+    )
     # A request's blocks lie between the two halves of its overhead; a cut in a half moves to the nearer end.
     size_W1 = blocks_B[request_W1]
     block_W1 = jnp.maximum(cost_W1 - (ends_B[request_W1] - size_W1) + OVERHEAD // 2, 0)
@@ -57,7 +59,9 @@ def make_schedule(positions_BT: jax.Array, num_heads: int) -> Schedule:
     request_W1, block_W1 = jnp.where(passed_W1, request_W1 + 1, request_W1), jnp.where(passed_W1, 0, block_W1)
     place_W1 = 2 * request_W1 + (block_W1 > 0)
     place_B = 2 * jnp.arange(len(blocks_B), dtype=jnp.int32) + 1  # of the limits that cut a request
-    first_B, after_B = (jnp.searchsorted(place_W1, place_B, side=side, method="compare_all").astype(jnp.int32) for side in ("left", "right"))
+    first_B, after_B = (
+        jnp.searchsorted(place_W1, place_B, side=side, method="compare_all").astype(jnp.int32) for side in ("left", "right")
+    )
     open_B = (positions_BT.min(axis=1).astype(jnp.int32) + 1) // BLOCK
     return Schedule(request_W1, block_W1, blocks_B, open_B, first_B, after_B - first_B)
 
