@@ -1,0 +1,44 @@
+"""On a Hopper GPU the model runs on the kernels: its programs, lowered for one, call each by name."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv2_jax import cache, generate, model, train_state
+from dsv2_jax.config import v2_lite
+from dsv2_jax.train_config import train_preset
+from pallas_kernels import dispatch
+from sharding import specs
+
+ONE_LAYER = dataclasses.replace(v2_lite(), num_hidden_layers=1, first_k_dense_replace=0, vocab_size=256)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
+
+
+def kernels(function, *args) -> set[str]:
+    text = function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    names = ("mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "mla_decode", "grouped_matmul", "grouped_wgrad")
+    return {name for name in names if name in text}
+
+
+def test_training():
+    config = dataclasses.replace(train_preset("v2_lite"), batch_size=1, seq_len=128, remat="elementwise")
+    state, batch = train_state.abstract(ONE_LAYER, config), train_state.abstract_batch(config)
+    wanted = {"mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "grouped_matmul", "grouped_wgrad"}
+    assert kernels(jax.jit(train_state.gradient, static_argnums=2), state, batch, config) == wanted
+
+
+def test_prefill_and_decode():
+    decoder = model.abstract(ONE_LAYER, jnp.bfloat16)
+    latents = jax.eval_shape(lambda: cache.empty(ONE_LAYER, 2, 64, jnp.bfloat16))
+    tokens_BT, rows_B = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), spec))
+        for shape, spec in (((2, 64), specs.tokens_BT), ((2,), specs.per_request_B))
+    )
+    assert kernels(generate.prefill, decoder, tokens_BT, rows_B, latents, None) == {"mla_attention_forward", "grouped_matmul"}
+    assert kernels(generate.decode, decoder, rows_B, rows_B, latents, None) == {"mla_decode", "grouped_matmul"}
