@@ -1,4 +1,4 @@
-"""Conversion at real size against a plain file copy: `python benchmarks/convert_at_size.py --dir=DIR [--layers=12] [--pairs=1]`.
+"""Conversion at real size against a plain file copy: `python -m benchmarks.convert_at_size --dir=DIR [--layers=12] [--pairs=1]`.
 
 Makes a checkpoint of V2-Lite's true shapes with random bits (12 layers: 14 GB), then for each direction copies the input's files
 and converts it, in turn, both from a cold page cache and until the bytes are on the disk. Stages are deleted as it goes: DIR

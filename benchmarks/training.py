@@ -1,10 +1,12 @@
-"""The training step on one GPU and several, beside Hugging Face's: `PYTHONPATH=. python benchmarks/training.py [--case=...]`.
+"""The training step on one GPU and several, beside Hugging Face's.
+
+    python -m benchmarks.training [--case=...]
 
 A slice of V2-Lite, 1 dense and 5 MoE layers at full width, 4 x 4096 tokens a GPU, float32 master weights and AdamW, nothing
 dropped; on four GPUs also one MoE layer of V2, for its device-limited exchange. `forced`: every expert gets the same number of
-tokens; `natural`: what the router of random weights gives it. Fails where a Pallas kernel was not used. Prints tokens/s, MFU (README's convention), the ratio to one GPU, the time by
-named scope and what hides the exchange (CUDA graphs are off for it); and the share of tokens that another mesh sends to other
-experts.
+tokens; `natural`: what the router of random weights gives it. Fails where a Pallas kernel was not used. Prints tokens/s, MFU
+(README's convention), the ratio to one GPU, the time by named scope and what hides the exchange (CUDA graphs are off for it);
+and the share of tokens that another mesh sends to other experts.
 """
 
 import collections
