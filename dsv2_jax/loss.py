@@ -51,9 +51,7 @@ def _log_likelihood(w_head_DV, hidden_BTD, targets_BT, weights_BT) -> jax.Array:
 def _forward(w_head_DV, hidden_BTD, targets_BT, weights_BT):
     total, dw_DV, dhidden = 0.0, 0.0, []
     for hidden, targets, weights in _chunks(hidden_BTD, targets_BT, weights_BT):
-        hidden, dw_DV = jax.lax.optimization_barrier(
-            (hidden, dw_DV)
-        )  # one chunk after the other: XLA would make all logits first
+        hidden, dw_DV = _after(hidden, dw_DV)
         logits_BTV = head_logits(hidden, w_head_DV)
         log_probs_BT, log_sum_BT = _log_probs(logits_BTV, targets)
         total += (weights * log_probs_BT).sum()
