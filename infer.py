@@ -23,13 +23,14 @@ from absl import flags
 
 from dsv2_jax import cli, config, prompts
 from dsv2_jax import model as model_lib
-from dsv2_jax.bench import bench
+from dsv2_jax.bench import bench, parse_load
 from dsv2_jax.convert import open_checkpoint
 from dsv2_jax.fields import InputError
-from dsv2_jax.generate import Request, check_tokens, generate, score
+from dsv2_jax.engine import Engine, Output, check_tokens, complete
 from dsv2_jax.model import Decoder
 from dsv2_jax.prompts import Prompt
 from dsv2_jax.sampling import Sampling
+from dsv2_jax.score import score
 from dsv2_jax.tokenizer import TextStream, Tokenizer
 from sharding.mesh import make_mesh
 
@@ -79,15 +80,17 @@ def main() -> None:
             model = model_lib.init(cfg, FLAGS.seed, jnp.dtype(dtype))
         else:
             model = model_lib.load(weights, dtype)
-        if FLAGS.mode == "generate":
-            run_generate(model, tokenizer, requests, eos_id, output)
-        elif FLAGS.mode == "chat":
-            run_chat(model, tokenizer, sampling, eos_id)
-        elif FLAGS.mode == "score":
-            run_score(model, requests, output, logits_npz)
+        if FLAGS.mode == "score":
+            return run_score(model, requests, output, logits_npz)
+        how = {"cache_dtype": FLAGS.cache_dtype, "cache_tokens": FLAGS.cache_tokens, "max_batch": FLAGS.max_batch}
+        if FLAGS.mode == "bench":
+            return bench(Engine(model, **how), loads, output)
+        engine = Engine(model, eos_id=eos_id, **how)
+        print(engine.describe(), file=sys.stderr)
+        if FLAGS.mode == "chat":
+            run_chat(engine, tokenizer, sampling)
         else:
-            default = [np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, 128)).tolist() for batch in (1, 8)]
-            bench(model, [[r.token_ids for r in requests]] if requests else default, sampling.max_new_tokens)
+            run_generate(engine, tokenizer, requests, output)
 
 
 def _requests(tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
@@ -110,44 +113,48 @@ def _requests(tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
     return prompts.from_texts(FLAGS.prompt, tokenizer, sampling)
 
 
-def run_generate(
-    model: Decoder, tokenizer: Tokenizer | None, requests: list[Prompt], eos_id: int | None, output: IO[bytes] | None
-) -> None:
-    """Writes a JSON line for each request in order; on a terminal, a single --prompt is streamed as text."""
-    streaming = output is None and len(FLAGS.prompt) == 1 and sys.stdout.isatty()
-    streams = [TextStream(tokenizer, r.sampling.stop) if tokenizer else None for r in requests]
-    texts = [""] * len(requests)
+def run_generate(engine: Engine, tokenizer: Tokenizer | None, requests: list[Prompt], output: IO[bytes] | None) -> None:
+    """Writes a JSON line for each answer, in the requests' order; on a terminal, the answer to a single --prompt is streamed as text."""
+    streaming = output is None and len(FLAGS.prompt) == 1 and requests[0].sampling.n == 1 and sys.stdout.isatty()
+    streams = [[TextStream(tokenizer, r.sampling.stop) if tokenizer else None for _ in range(r.sampling.n)] for r in requests]
+    texts = [[""] * r.sampling.n for r in requests]
 
-    def show(index: int, piece: str) -> None:
-        texts[index] += piece
+    def show(index: int, answer: int, piece: str) -> None:
+        texts[index][answer] += piece
         if streaming:
             print(piece, end="", flush=True)
 
-    def on_token(index: int, token: int) -> bool:
-        if streams[index] is None:
+    def on_output(index: int, output: Output) -> bool:
+        stream = streams[index][output.answer]
+        if stream is None:
             return False
-        show(index, streams[index].feed(token))
-        return streams[index].stopped is not None
+        show(index, output.answer, stream.feed(output.token))
+        return stream.stopped is not None
 
-    completions = generate(model, [Request(r.token_ids, r.sampling) for r in requests], eos_id, on_token)
-    for index, (request, done) in enumerate(zip(requests, completions)):
-        if streams[index] is not None:
-            show(index, streams[index].flush())
-        line = {"id": request.id, "prompt": request.given, "token_ids": done.token_ids}
-        line |= {"text": texts[index]} if tokenizer else {}
-        if not streaming:
-            _line(line | {"finish_reason": done.finish_reason, "logprobs": done.logprobs}, output)
+    completed = complete(engine, [(r.token_ids, r.sampling) for r in requests], on_output)
+    for index, (request, answers) in enumerate(zip(requests, completed)):
+        for number, done in enumerate(answers):
+            line = {"id": request.id, "prompt": request.given, "token_ids": done.token_ids}
+            if tokenizer:
+                show(index, number, streams[index][number].flush())
+                line["text"] = texts[index][number]
+            line |= {"finish_reason": done.finish_reason, "logprobs": done.logprobs}
+            if request.sampling.logprobs:
+                line["top_logprobs"] = done.top_logprobs
+            if request.sampling.n > 1:
+                line["index"] = number
+            if not streaming:
+                _line(line, output)
     if streaming:
         print()
 
 
-def run_chat(model: Decoder, tokenizer: Tokenizer, sampling: Sampling, eos_id: int | None) -> None:
+def run_chat(engine: Engine, tokenizer: Tokenizer, sampling: Sampling) -> None:
     """A conversation: each --prompt, or else each line of standard input, is what the user says next."""
     messages: list[dict[str, str]] = []
     for said in FLAGS.prompt or _lines():
         messages.append({"role": "user", "content": said})
         token_ids = tokenizer.render_chat(messages)
-        check_tokens(model.cfg, f"turn {len(messages) // 2 + 1}", token_ids, room=1)
         stream = TextStream(tokenizer, sampling.stop)
         answer = ""
 
@@ -157,11 +164,12 @@ def run_chat(model: Decoder, tokenizer: Tokenizer, sampling: Sampling, eos_id: i
             answer += piece
             print(piece, end="", flush=True)
 
-        def on_token(_: int, token: int, stream: TextStream = stream, show=show) -> bool:
-            show(stream.feed(token))
-            return stream.stopped is not None
-
-        generate(model, [Request(token_ids, sampling)], eos_id, on_token)
+        request = engine.add_request(token_ids, sampling, name=f"turn {len(messages) // 2 + 1}")
+        for output in engine.stream(request):
+            show(stream.feed(output.token))
+            if stream.stopped is not None:
+                engine.abort(request)
+                break
         show(stream.flush())
         print()
         messages.append({"role": "assistant", "content": answer})

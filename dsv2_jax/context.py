@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.decode_schedule import Schedule
+
 
 class Dropping(NamedTuple):
     """Token dropping of a training step (paper section 2.2.4)."""
@@ -14,7 +16,8 @@ class Dropping(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The tokens' places, and the rotary angles there; `dropping` and `dispatch` matter in MoE layers alone."""
+    """The tokens' places, and the rotary angles there; `dropping` and `dispatch` matter in MoE layers alone, and what follows
+    only where there is a cache (see `cache.Cache`)."""
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array
@@ -22,3 +25,6 @@ class Context(NamedTuple):
     sin_BTJ: jax.Array
     dropping: Dropping | None = None
     dispatch: str | None = None  # of `sharding.expert_parallel.DISPATCHES`
+    slots_BT: jax.Array | None = None  # where the cache keeps a token; -1: nowhere, as it only fills up the batch
+    table_BP: jax.Array | None = None  # the pages a request attends over; None: these tokens attend to each other alone
+    schedule: Schedule | None = None  # of attention over pages

@@ -3,7 +3,7 @@
 naive:    expand the latents of all tokens to keys and values of every head; fewer FLOPs when queries are as many as keys.
 absorbed: bring queries into the latent space (w_uk) and the result out of it (w_uv); the cache is read as it lies.
 
-Letters: B batch, T positions, S cached positions, D model, N heads, H nope dim, R rope dim, V value dim, Q query latent, C kv latent.
+Letters: B batch, T positions, D model, N heads, H nope dim, R rope dim, V value dim, Q query latent, C kv latent.
 """
 
 import functools
@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv2_jax import cache as latent_cache
-from dsv2_jax.cache import LatentCache
+from dsv2_jax import cache
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context
 from dsv2_jax.rope import rotate, softmax_scale
-from pallas_kernels import latent_pages
+from pallas_kernels.latent_pages import LatentPages
 from pallas_kernels.mla_attention import mla_attention
-from pallas_kernels.mla_decode import mla_decode
 from sharding import specs
 
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
@@ -61,38 +59,36 @@ class MLA(nnx.Module):
 
     @jax.named_scope("mla")
     def __call__(
-        self, x_BTD: jax.Array, ctx: Context, cache: LatentCache | None = None, *, absorbed: bool = False
-    ) -> tuple[jax.Array, LatentCache | None]:
+        self, x_BTD: jax.Array, ctx: Context, pages: LatentPages | None = None, layer: jax.Array | None = None
+    ) -> tuple[jax.Array, LatentPages | None]:
         """Attends from each token to its past.
 
         Args:
             x_BTD: normalised hidden states.
-            ctx: positions, segments and rotary angles of these tokens.
-            cache: one layer of the cache; the tokens are written to it at their positions.
-            absorbed: attend over the cache (which then must be given) and not over x's own tokens alone.
+            ctx: positions, segments and rotary angles of these tokens, and their places in the cache.
+            pages: the cache of all layers; the tokens are written to it, and attended to there if `ctx` has a table.
+            layer: which one this is.
 
         Returns:
-            the attention output [B, T, D] in x's dtype, and the cache with the tokens in it.
+            the attention output [B, T, D] in x's dtype, and the pages with the tokens in them.
         """
         q_nope_BTNH, q_rope_BTNR = self._queries(x_BTD, ctx)
         c_kv_BTC = rms_norm(jnp.einsum("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
         k_rope_BTR = rotate(jnp.einsum("btd,dr->btr", x_BTD, self.w_kr), ctx.cos_BTJ, ctx.sin_BTJ)
-        if cache is not None:
-            start_B = ctx.positions_BT.min(axis=1)  # not [:, 0]: JAX drops the sharding of a slice of shape [1, 1]
-            cache = latent_cache.write(cache, c_kv_BTC, k_rope_BTR, start_B)
-        scale = softmax_scale(self.cfg)
-        # Kernels know no mesh: each device attends over its own sequences.
-        if absorbed:
+        layers, scale = self.cfg.num_hidden_layers, softmax_scale(self.cfg)
+        if pages is not None:
+            pages = cache.write(pages, c_kv_BTC, k_rope_BTR, ctx, layer, layers)
+        if ctx.table_BP is not None:
             q_latent_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope_BTNH, self.w_uk)
-            attend = jax.shard_map(functools.partial(_over_cache, scale=scale), out_specs=specs.heads_BTNV, check_vma=False)
-            o_latent_BTNC = attend(q_latent_BTNC, q_rope_BTNR, cache.c_kv_LBSC, cache.k_rope_LBSR, ctx.positions_BT)
+            o_latent_BTNC = cache.attend(q_latent_BTNC, q_rope_BTNR, pages, ctx, layer, layers, scale)
             o_BTNV = jnp.einsum("btnc,cnv->btnv", o_latent_BTNC, self.w_uv)
         else:
             k_nope_BTNH = jnp.einsum("btc,cnh->btnh", c_kv_BTC, self.w_uk)
             v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, self.w_uv)
+            # Kernels know no mesh: each device attends over its own sequences.
             attend = jax.shard_map(functools.partial(mla_attention, scale=scale), out_specs=specs.heads_BTNV)
             o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
-        return jnp.einsum("btnv,nvd->btd", o_BTNV, self.w_o), cache
+        return jnp.einsum("btnv,nvd->btd", o_BTNV, self.w_o), pages
 
     def _queries(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
         if self.cfg.q_lora_rank is None:
@@ -102,8 +98,3 @@ class MLA(nnx.Module):
             q_BTNX = jnp.einsum("btq,qnx->btnx", c_q_BTQ, self.w_uq)
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
         return q_nope_BTNH, rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)
-
-
-def _over_cache(q_latent_BTNC, q_rope_BTNR, c_kv_BSC, k_rope_BSR, positions_BT, *, scale: float) -> jax.Array:
-    pages = latent_pages.contiguous(c_kv_BSC, k_rope_BSR)
-    return mla_decode(q_latent_BTNC, q_rope_BTNR, pages, None, positions_BT, scale=scale)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv2_jax.cache import LatentCache
+from dsv2_jax.cache import Cache, schedule
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context, Dropping
 from dsv2_jax.mla import MLA, init_normal, rms_norm
@@ -24,6 +24,7 @@ from dsv2_jax.rope import cos_sin
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
 from pallas_kernels.einsum import PRODUCT, einsum_float32
+from pallas_kernels.latent_pages import LatentPages
 from sharding import specs
 from sharding.expert_parallel import ARRIVED
 
@@ -39,14 +40,14 @@ class Layer(nnx.Module):
         self.ffn = DeepSeekMoE(cfg, rngs, dtype) if kind == "moe" else SwiGLU(cfg, cfg.intermediate_size, rngs, dtype)
 
     def __call__(
-        self, x_BTD: jax.Array, ctx: Context, cache: LatentCache | None, absorbed: bool
-    ) -> tuple[jax.Array, tuple[LatentCache | None, Stats]]:
+        self, x_BTD: jax.Array, ctx: Context, pages: LatentPages | None = None, layer: jax.Array | None = None
+    ) -> tuple[jax.Array, LatentPages | None, Stats]:
         eps = self.cfg.rms_norm_eps
-        h_BTD, cache = self.attn(rms_norm(x_BTD, self.attn_norm[...], eps), ctx, cache, absorbed=absorbed)
+        h_BTD, pages = self.attn(rms_norm(x_BTD, self.attn_norm[...], eps), ctx, pages, layer)
         x_BTD += h_BTD
         h_BTD = rms_norm(x_BTD, self.ffn_norm[...], eps)
         h_BTD, stats = self.ffn(h_BTD, ctx) if self.kind == "moe" else (self.ffn(h_BTD), {})
-        return x_BTD + h_BTD, (cache, stats)
+        return x_BTD + h_BTD, pages, stats
 
 
 def float32_exact(method: Callable) -> Callable:
@@ -79,34 +80,38 @@ class Decoder(nnx.Module):
         tokens_BT,
         positions_BT,
         segment_ids_BT,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         *,
-        absorbed: bool = False,
         remat: str = "none",
         regather: bool = False,
         dropping: Dropping | None = None,
         dispatch: str | None = None,
-    ) -> tuple[jax.Array, LatentCache | None, Stats]:
+    ) -> tuple[jax.Array, LatentPages | None, Stats]:
         """The normalised hidden states before the head.
 
         Args:
-            tokens_BT, positions_BT, segment_ids_BT: int32; attention stays within a segment (ignored when absorbed).
-            cache: tokens are written to it at their positions, which must be consecutive.
-            absorbed: attend over the cache, else over these tokens only.
+            tokens_BT, positions_BT, segment_ids_BT: int32; attention stays within a segment.
+            cache: where tokens are written, and the pages to attend over (absorbed, segments ignored), if not over these tokens.
             remat: what the backward pass computes again: none; elementwise, all but matmuls and kernels; full, each whole layer.
                 What came over the wire is kept.
             regather: where parameters are cut (ZeRO), gather a layer's again in the backward pass instead of keeping them.
             dropping, dispatch: see `context.Context`.
 
         Returns:
-            hidden [B, T, D]; the cache with the tokens in it; per MoE layer the routing's statistics, stacked on L.
+            hidden [B, T, D]; the cache's pages with the tokens in them; per MoE layer the routing's statistics, stacked on L.
         """
         x_BTD, ctx = self._embed(tokens_BT, positions_BT, segment_ids_BT)
         ctx = ctx._replace(dropping=dropping, dispatch=dispatch)
+        pages = None
+        if cache is not None:
+            pages, ctx = cache.pages, ctx._replace(slots_BT=cache.slots_BT, table_BP=cache.table_BP)
+            if cache.table_BP is not None:
+                ctx = ctx._replace(schedule=schedule(positions_BT, self.cfg.num_attention_heads))
 
-        def layer_step(x_BTD, layer_and_cache):
-            layer, layer_cache = layer_and_cache
-            return specs.gather(layer)(x_BTD, ctx, layer_cache, absorbed)
+        def layer_step(carry, layer_and_index):
+            (x_BTD, pages), (layer, index) = carry, layer_and_index
+            x_BTD, pages, stats = specs.gather(layer)(x_BTD, ctx, pages, index)
+            return (x_BTD, pages), stats
 
         if remat != "none":
             kept = (ARRIVED,) if regather else (ARRIVED, specs.GATHERED)
@@ -116,15 +121,14 @@ class Decoder(nnx.Module):
             layer_step = jax.checkpoint(layer_step, policy=policy)
         elif regather:
             layer_step = jax.checkpoint(layer_step, policy=specs.keep_all_but_gathered)
-        caches, stats, first = [], [], 0
+        stats, first = [], 0
         for kind, start, length in self.cfg.runs:
-            layers = _layers(getattr(self, kind), start, start + length)
-            x_BTD, (run_cache, run_stats) = jax.lax.scan(layer_step, x_BTD, (layers, _layers(cache, first, first + length)))
-            caches.append(run_cache)
+            layers = jax.tree.map(lambda a, run=slice(start, start + length): a[run], getattr(self, kind))
+            (x_BTD, pages), run_stats = jax.lax.scan(layer_step, (x_BTD, pages), (layers, first + jnp.arange(length)))
             stats.append(run_stats)
             first += length
-        stats = _concatenate([s for s in stats if s]) if any(stats) else {}
-        return self._norm(x_BTD), _concatenate(caches), stats
+        stats = [s for s in stats if s]
+        return self._norm(x_BTD), pages, jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else {}
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of normalised hidden states [..., D]."""
@@ -142,14 +146,6 @@ class Decoder(nnx.Module):
 def head_logits(hidden: jax.Array, w_head_DV: jax.Array) -> jax.Array:
     """float32 logits [..., V] of normalised hidden states [..., D]."""
     return einsum_float32("...d,dv->...v", hidden, w_head_DV)
-
-
-def _layers(stack: Any, start: int, stop: int) -> Any:
-    return jax.tree.map(lambda a: a[start:stop], stack)
-
-
-def _concatenate(trees: list[Any]) -> Any:
-    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *trees)
 
 
 def draw(cfg: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Decoder:
@@ -204,7 +200,7 @@ def trace(model: Decoder, tokens_BT: jax.Array) -> Trace:
     for kind, start, length in model.cfg.runs:
         for index in range(start, start + length):
             layer = jax.tree.map(lambda a, index=index: a[index], getattr(model, kind))
-            x_BTD, (_, stats) = layer(x_BTD, ctx, None, False)
+            x_BTD, _, stats = layer(x_BTD, ctx)
             if stats:
                 experts[len(hidden)] = stats["experts"]
             hidden.append(x_BTD)

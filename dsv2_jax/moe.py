@@ -67,7 +67,10 @@ class DeepSeekMoE(nnx.Module):
         and the balance losses of `router.balance`."""
         cfg = self.cfg
         routing = route(x_BTD, self.w_router[...], cfg)
-        experts_BTK, weights_BTK, dropped = routing.experts_BTK, routing.weights_BTK, jnp.zeros((), jnp.int32)
+        chosen_BTK, weights_BTK, dropped = routing.experts_BTK, routing.weights_BTK, jnp.zeros((), jnp.int32)
+        if ctx.slots_BT is not None:  # what fills up the batch needs no expert
+            chosen_BTK = jnp.where(ctx.slots_BT[..., None] >= 0, chosen_BTK, cfg.n_routed_experts)
+        experts_BTK = chosen_BTK
         if ctx.dropping:
             kept_BTK = kept_pairs(routing, ctx.dropping, cfg)
             experts_BTK = jnp.where(kept_BTK, experts_BTK, cfg.n_routed_experts)
@@ -88,7 +91,7 @@ class DeepSeekMoE(nnx.Module):
                 y_BTD += self.shared(x_BTD)
         return y_BTD, balance(routing, cfg) | {
             "experts": routing.experts_BTK,
-            "load": expert_load(routing.experts_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),
+            "load": expert_load(chosen_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),
             "dropped": dropped,
         }
 

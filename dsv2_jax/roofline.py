@@ -1,9 +1,11 @@
-"""How long a training step should take on so many GPUs: work over speed, from the configuration alone.
+"""How long a step should take: of training, on so many GPUs, from the configuration alone; of decoding, at the least.
 
 The speeds were measured (benchmarks of one H200 and of two); what was not is marked as assumed, and `dry_run` prints it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.router import reach
@@ -26,6 +28,8 @@ class Gpu(NamedTuple):
     scatter: float = 264e9  # ... in a sum over devices
     network: float = 50e9  # ... to other hosts, assumed: an InfiniBand adapter of 400 Gb/s each
 
+
+ATTENTION = 660e12  # FLOP/s of absorbed decode on an H200: what FlashMLA's authors give for it
 
 GPUS = {"h200": Gpu(142.6e9, 4.8e12, 4.28e12), "h100": Gpu(80.7e9, 3.35e12, 2.99e12)}
 
@@ -119,3 +123,45 @@ def predict(model: ModelConfig, train: TrainConfig, data: int, expert: int, gpu:
         zero=count * zero,
         optimizer=touched * model.num_params / devices / gpu.copy,
     )
+
+
+def gpu_of(device_kind: str) -> Gpu | None:
+    """The kind of GPU that JAX calls so; None: not known."""
+    return next((gpu for name, gpu in GPUS.items() if name in device_kind.lower()), None)
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of weights that a decode step may read."""
+
+    experts: float  # all routed ones
+    rest: float  # without the embedding, of which a step reads a row a token
+
+
+def weight_bytes(model: Any) -> WeightBytes:
+    """The model's weights as they are stored."""
+    sizes = {path: leaf.nbytes for path, leaf in jax.tree.leaves_with_path(model)}
+    experts = sum(size for path, size in sizes.items() if "experts" in jax.tree_util.keystr(path))
+    return WeightBytes(experts, sum(sizes.values()) - experts - model.embed.nbytes)
+
+
+class DecodeFloor(NamedTuple):
+    """The least seconds a decode step takes."""
+
+    bandwidth: float  # to read weights and cache once
+    joint: float  # to read and to multiply, each part bound by the slower of the two
+
+
+def decode_floor(
+    model: ModelConfig, weights: WeightBytes, batch: int, context: int, distinct: float, cache_bytes: int, devices: int, gpu: Gpu
+) -> DecodeFloor:
+    """Of `batch` requests with `context` tokens each (`cache_bytes` bytes a token), whose tokens use `distinct` experts of a layer.
+
+    Requests and experts are split over the devices, all other weights are read by each.
+    """
+    used = distinct / model.n_routed_experts if model.n_routed_experts else 0
+    read = (weights.rest + weights.experts * used / devices) / gpu.copy
+    cache = batch / devices * context * cache_bytes / gpu.copy
+    multiply = batch / devices * 2 * (model.active_params - model.vocab_size * model.hidden_size) / gpu.matmul
+    heads, latent, rope = model.num_attention_heads, model.kv_lora_rank, model.qk_rope_head_dim
+    attend = batch / devices * context * model.num_hidden_layers * 2 * heads * (2 * latent + rope) / ATTENTION
+    return DecodeFloor(read + cache, max(read, multiply) + max(cache, attend))

@@ -4,15 +4,16 @@ format  latent of a token (512 values)                       rope key   bytes a 
 f32     float32                                              float32    2304            32
 bf16    bfloat16                                             bfloat16   1152            16
 fp8     e4m3 with one float32 scale: 512 + 4 B               bfloat16   644             8.94
-int6    6-bit codes of rotated groups of 32: 384 + 32 B      bfloat16   544             7.56
+int6    6-bit codes of groups of 32: 384 + 32 B              bfloat16   544             7.56
 
-int6: each group of 32 latents is rotated by the orthogonal H32 / sqrt(32), which spreads a channel that is larger than its
-neighbours over the group; then latent = span * (code - 32) / 64 with codes 1..63 (63 levels, symmetric) and one float16 span a
-group, which has 9 significant bits so that 1.5 * span is exact: a kernel puts the code's bits under the exponent of 1.0, which
-reads as 1 + code / 64, and one multiply-add in float16 gives the rotated latent. Attention may stay in the rotated space.
+int6: latent = span * (code - 32) / 64 with codes 1..63 (63 levels, symmetric) and one float16 span a group, which has 9
+significant bits so that 1.5 * span is exact: a kernel puts the code's bits under the exponent of 1.0, which reads as
+1 + code / 64, and one multiply-add in float16 gives the latent. A channel larger than its neighbours costs them their precision,
+so latents should come in a basis where none is: each group turned by the orthogonal H32 / sqrt(32), see `rotate`. Whoever makes
+latents and queries can have that for nothing, in the weights; here it is not done.
 
-Relative error of the latents (tests/test_latent_pages.py): fp8 2.6% and int6 2.2% if they are Gaussian; fp8 2.2% and int6 1.7%
-with eight channels twelve times larger than the rest.
+Relative error of the latents (tests/test_latent_pages.py): fp8 2.6% and int6 2.2% if they are Gaussian; fp8 2.2% and int6,
+rotated, 1.7% with eight channels twelve times larger than the rest.
 
 Letters: B requests, T new tokens, P pages of a request, S = 64 P tokens, C latent dim, R rope dim.
 """
@@ -73,41 +74,17 @@ def empty(num_pages: int, format: str, latent_dim: int = 512, rope_dim: int = 64
     )
 
 
-def write(
-    pages: LatentPages, table_BP: jax.Array, positions_BT: jax.Array, latent_BTC: jax.Array, rope_BTR: jax.Array
-) -> LatentPages:
-    """Stores tokens at their positions, position p of request b in row p % 64 of page table_BP[b, p // 64].
-
-    Nothing is written for a position of -1. In place where the pages are donated.
-    """
-    page_BT = jnp.take_along_axis(table_BP, jnp.maximum(positions_BT, 0) // PAGE, axis=1)
-    page_BT = jnp.where(positions_BT < 0, len(pages.latent), page_BT)  # past the end: dropped
+def write(pages: LatentPages, slots_BT: jax.Array, latent_BTC: jax.Array, rope_BTR: jax.Array) -> LatentPages:
+    """Stores tokens in their slots, slot 64 p + r being row r of page p; nothing for -1. In place where the pages are donated."""
+    slots_BT = jnp.where(slots_BT < 0, PAGE * len(pages.latent), slots_BT)  # past the end: dropped
     latent_BTX, scale_BTX = pack(latent_BTC, pages.format)
     new = LatentPages(latent_BTX, rope_BTR.astype(pages.rope.dtype), scale_BTX)
-    return jax.tree.map(lambda old, x: old.at[page_BT, positions_BT % PAGE].set(x, mode="drop"), pages, new)
+    return jax.tree.map(lambda old, x: old.at[slots_BT // PAGE, slots_BT % PAGE].set(x, mode="drop"), pages, new)
 
 
-def contiguous(c_kv_BSC: jax.Array, k_rope_BSR: jax.Array) -> LatentPages:
-    """A cache whose index is the position, seen as pages: those of a request lie one after another, and need no table.
-
-    Raises: ValueError, where S is not a multiple of 64.
-    """
-    if c_kv_BSC.shape[1] % PAGE:
-        raise ValueError(f"the cache holds {c_kv_BSC.shape[1]} tokens a request, expected a multiple of {PAGE}")
-    return LatentPages(*(x.reshape(-1, PAGE, x.shape[2]) for x in (c_kv_BSC, k_rope_BSR)), None)
-
-
-def read(
-    pages: LatentPages, table_BP: jax.Array | None, dtype=jnp.bfloat16, requests: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The latents [B, S, C] and rope keys [B, S, R] of the tables' pages in a float dtype, index = position.
-
-    Without a table, of `requests` requests whose pages lie one after another.
-    """
-    if table_BP is None:
-        latent_BPX, rope_BPR, scale_BPX = jax.tree.map(lambda x: x.reshape(requests, -1, *x.shape[1:]), pages)
-    else:
-        latent_BPX, rope_BPR, scale_BPX = jax.tree.map(lambda x: x[table_BP], pages)
+def read(pages: LatentPages, table_BP: jax.Array, dtype=jnp.bfloat16) -> tuple[jax.Array, jax.Array]:
+    """The latents [B, S, C] and rope keys [B, S, R] of the tables' pages in a float dtype, index = position."""
+    latent_BPX, rope_BPR, scale_BPX = jax.tree.map(lambda x: x[table_BP], pages)
     latent_BPC = unpack(latent_BPX, scale_BPX, dtype)
     return tuple(x.reshape(x.shape[0], -1, x.shape[-1]).astype(dtype) for x in (latent_BPC, rope_BPR))
 
@@ -122,7 +99,7 @@ def pack(latent: jax.Array, format: str) -> tuple[jax.Array, jax.Array | None]:
         scale = jnp.where(scale == 0, 1, scale)
         chunks = (latent / scale[..., None]).astype(jnp.float8_e4m3fn).reshape(*latent.shape[:-1], -1, CHUNK)
         return _by_lane(chunks).reshape(latent.shape), scale
-    groups = rotate(latent).reshape(*latent.shape[:-1], -1, GROUP)
+    groups = latent.astype(jnp.float32).reshape(*latent.shape[:-1], -1, GROUP)
     span = _nine_bits(jnp.abs(groups).max(axis=-1) * (64 / 31)).astype(jnp.float16)
     steps = groups * (64 / jnp.where(span == 0, 1, span).astype(jnp.float32))[..., None]
     codes = 32 + jnp.clip(jnp.round(steps), -31, 31).astype(jnp.int32)
@@ -137,7 +114,7 @@ def unpack(stored: jax.Array, scale: jax.Array | None, dtype=jnp.float32) -> jax
         chunks = stored.reshape(*stored.shape[:-1], -1, CHUNK)
         return (_by_dim(chunks).reshape(stored.shape).astype(jnp.float32) * scale[..., None]).astype(dtype)
     span = jnp.repeat(scale.astype(jnp.float32), GROUP, axis=-1)
-    return rotate((span * (words_to_codes(stored) - 32) / 64).astype(dtype)).astype(dtype)
+    return (span * (words_to_codes(stored) - 32) / 64).astype(dtype)
 
 
 def rotate(x: jax.Array) -> jax.Array:

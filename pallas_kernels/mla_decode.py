@@ -21,7 +21,7 @@ def mla_decode(
     q_latent_BTNC: jax.Array,
     q_rope_BTNR: jax.Array,
     pages: LatentPages,
-    table_BP: jax.Array | None,
+    table_BP: jax.Array,
     positions_BT: jax.Array,
     *,
     scale: float,
@@ -32,7 +32,7 @@ def mla_decode(
 
     Args:
         pages: page 0, and what lies behind a request's last token in its last page, must be finite: read with weight zero.
-        table_BP: the pages of each request, int32; entries past its last token are not used. None: all pages, in order.
+        table_BP: the pages of each request, int32; entries past its last token are not used.
         positions_BT: int32; -1 for a query that sees nothing, whose output is zero.
         scale: of the scores.
         schedule: `make_schedule(positions_BT, N)`, where many layers share it.
@@ -49,8 +49,6 @@ def mla_decode(
         return reference.mla_decode(q_latent_BTNC, q_rope_BTNR, pages, table_BP, positions_BT, scale=scale)
     tokens, num_heads = q_latent_BTNC.shape[1:3]
     rows = tokens * num_heads
-    if table_BP is None:
-        table_BP = jnp.arange(len(pages.latent), dtype=jnp.int32).reshape(len(q_latent_BTNC), -1)
     if schedule is None:
         schedule = make_schedule(positions_BT, num_heads)
     if pages.format != "bf16":

@@ -6,8 +6,8 @@ thread. So each of the two compute warpgroups works on its own, on every other b
 one multiplies the other dequantises. They meet at the end of a piece. A page's values are replaced by the next page's, chunk by
 chunk, as soon as their product is done.
 
-Measured on one H200, 16 heads, 256 requests of 4096 tokens: int6 199 us (2.87 TB/s; 230 us with the rotations of queries and
-outputs outside), fp8 220 us (3.07 TB/s; 225 us with the queries' conversion). With all blocks one page, so that none waits for
+Measured on one H200, 16 heads, 256 requests of 4096 tokens: int6 199 us (2.87 TB/s), fp8 220 us (3.07 TB/s), 5 us more with the
+queries' conversion to float16. With all blocks one page, so that none waits for
 memory, both take 190 us, and 150 without the products of O^T: the limit is each warpgroup's chain of dequantisation, products and
 softmax, which two warpgroups do not hide.
 
@@ -29,7 +29,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dequantise
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
 from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, spread, swizzled, vary_like
-from pallas_kernels.latent_pages import rotate
 from pallas_kernels.warpgroup import column_max, column_sum, sync
 
 LOG2E = 1.4426950408889634
@@ -45,15 +44,6 @@ F16 = jnp.float16
 
 def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Schedule, *, scale: float, num_heads: int):
     """What `mla_decode_hopper.decode` computes, for fp8 and int6 pages; M is a multiple of 16 or, above 64, of 64."""
-    operands = q_rope_BMR, positions_BT, pages, table_BP, schedule
-    if pages.format == "fp8":
-        return attend(q_latent_BMC.astype(F16), *operands, scale=scale, num_heads=num_heads)
-    out_BMC = attend(rotate(q_latent_BMC).astype(F16), *operands, scale=scale, num_heads=num_heads)
-    return rotate(out_BMC).astype(out_BMC.dtype)
-
-
-def attend(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Schedule, *, scale: float, num_heads: int):
-    """Attends in the space of the pages with M rows of each request, a multiple of 16, latents in float16."""
     batch, rows, _ = q_latent_BMC.shape
     tiles, workers = -(-rows // ROWS), len(schedule.request_W1) - 1
     tokens = positions_BT.shape[1]
@@ -403,7 +393,9 @@ def attend(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         ],
         compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
     )
-    out_BMC, _, _ = kernel(q_latent_BMC, q_rope_BMR, positions_BT, pages.latent, pages.rope, pages.scale, table_BP, *schedule)
+    out_BMC, _, _ = kernel(
+        q_latent_BMC.astype(F16), q_rope_BMR, positions_BT, pages.latent, pages.rope, pages.scale, table_BP, *schedule
+    )
     return vary_like(q_latent_BMC, out_BMC)
 
 

@@ -48,7 +48,7 @@ def latent_attention(q_latent_BTNC, q_rope_BTNR, c_kv_BSC, k_rope_BSR, positions
 
 def mla_decode(q_latent_BTNC, q_rope_BTNR, pages, table_BP, positions_BT, *, scale: float) -> jax.Array:
     """`latent_attention` over pages (see latent_pages.py) that a table lists for each request; zero where a position is -1."""
-    keys = latent_pages.read(pages, table_BP, q_latent_BTNC.dtype, len(q_latent_BTNC))
+    keys = latent_pages.read(pages, table_BP, q_latent_BTNC.dtype)
     out_BTNC = latent_attention(q_latent_BTNC, q_rope_BTNR, *keys, positions_BT, scale=scale)
     return jnp.where(positions_BT[:, :, None, None] < 0, 0, out_BTNC)
 

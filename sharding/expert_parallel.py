@@ -27,6 +27,7 @@ from sharding.rounds import in_rounds
 DISPATCHES = ("all_to_all", "all_gather")
 ARRIVED = "arrived"  # the name under which `jax.checkpoint` knows what came over the wire
 SLACK = 1.25  # buffers hold this much of the mean load under uniform routing; the rest waits for a further round
+AT_ONCE = 16384  # rows that are multiplied in one go, however they fall: a loop would copy the weights it uses out of their stack
 
 Experts = Any  # a pytree of arrays [E, ...]
 
@@ -132,11 +133,12 @@ def slots_per_device(tokens: int, devices: int, mean: float) -> int:
 
 
 def _multiply(x_ND, ids_NK, weights_NK, experts, *, expert_fn, fair_pairs: int) -> jax.Array:
-    """The weighted sums over this device's experts: float32 [N, D]. Rows beyond SLACK of a fair share go in further chunks."""
+    """The weighted sums over this device's experts: float32 [N, D]. Rows beyond SLACK of a fair share go in further chunks, if
+    they are many."""
     local = jax.tree.leaves(experts)[0].shape[0]
     unit = row_unit(fair_pairs, local)
     most = padded_rows(len(x_ND) * min(ids_NK.shape[1], local), local, unit)
-    chunk = min(most, padded_rows(math.ceil(SLACK * fair_pairs), local, unit))
+    chunk = most if most <= AT_ONCE else min(most, padded_rows(math.ceil(SLACK * fair_pairs), local, unit))
     order, sizes_E, starts_E = expert_order(ids_NK - lax.axis_index("expert") * local, local, unit, -(-most // chunk) * chunk)
 
     def multiply_chunk(r, operands, integers):

@@ -23,7 +23,6 @@ heads_BTNV = P(BATCH, None, None, None)
 per_request_B = P(BATCH)
 logits_BV = P(BATCH, None)
 experts_EDF = P("expert", None, None)
-cache_LBSC = P(None, BATCH, None, None)
 
 GATHERED = "gathered"  # the name under which `jax.checkpoint` knows weights that `gather` made whole
 

@@ -218,11 +218,6 @@ class DecodeCases:
         operands = self.operands(4, 16, (500, 64, 200))[:-1]
         self.check((*operands, jnp.asarray([[500, -1, 3, 77], [0, 64, 63, 1], [-1, -1, 200, -1]], jnp.int32)))
 
-    def test_a_cache_without_a_table(self):
-        q_latent_BTNC, q_rope_BTNR, pages, table_BP, positions_BT = self.operands(1, 16, (200, 127, -1))
-        pages = jax.tree.map(lambda x: x[table_BP.reshape(-1)], pages)
-        self.check((q_latent_BTNC, q_rope_BTNR, pages, None, positions_BT))
-
     def test_a_schedule_may_be_given(self):
         operands = self.operands(1, 128, (900, 77, -1, 400))
         self.check(operands, schedule=make_schedule(operands[-1], 128))

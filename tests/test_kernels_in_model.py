@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv2_jax import cache, generate, model, train_state
+from dsv2_jax import cache, engine, model, train_state
 from dsv2_jax.config import v2_lite
 from dsv2_jax.train_config import train_preset
 from pallas_kernels import dispatch
@@ -35,10 +35,14 @@ def test_training():
 
 def test_prefill_and_decode():
     decoder = model.abstract(ONE_LAYER, jnp.bfloat16)
-    latents = jax.eval_shape(lambda: cache.empty(ONE_LAYER, 2, 64, jnp.bfloat16))
-    tokens_BT, rows_B = (
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), spec))
-        for shape, spec in (((2, 64), specs.tokens_BT), ((2,), specs.per_request_B))
-    )
-    assert kernels(generate.prefill, decoder, tokens_BT, rows_B, latents, None) == {"mla_attention_forward", "grouped_matmul"}
-    assert kernels(generate.decode, decoder, rows_B, rows_B, latents, None) == {"mla_decode", "grouped_matmul"}
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), specs.per_request_B))
+
+    for dtype in ("bfloat16", "fp8", "int6"):
+        state = engine.State(jax.eval_shape(lambda dtype=dtype: cache.empty(ONE_LAYER, 8, dtype)), integers(4), None)
+        fresh = engine.Batch(*[integers(1, 64)] * 4, None, integers(4), integers(4))
+        assert kernels(engine.prefill, decoder, state, fresh, None, 0) == {"mla_attention_forward", "grouped_matmul"}
+        further = engine.Batch(*[integers(2, 64)] * 4, integers(2, 16), integers(2), integers(2))
+        assert kernels(engine.prefill, decoder, state, further, None, 0) == {"mla_decode", "grouped_matmul"}
+        assert kernels(engine.decode, decoder, state, integers(4, 2 + 16), None, 0) == {"mla_decode", "grouped_matmul"}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import cache as latent_cache
-from dsv2_jax import config, model
+from dsv2_jax import cache, config, model
+from dsv2_jax.cache import Cache
 from dsv2_jax.loss import log_likelihood
 from sharding import specs
 from sharding.mesh import make_mesh
@@ -40,6 +40,13 @@ def forward(m, tokens_BT, positions_BT=None, segments_BT=None, **kwargs):
     return m(place(tokens_BT), place(positions_BT), place(segments_BT), **kwargs)
 
 
+def through(pages, positions_BT, attend: bool = True) -> Cache:
+    """Tokens at these positions in pages of their own, two a request, in no order."""
+    table_BP = np.array([[3, 1], [0, 2]])[: len(positions_BT)]
+    slots_BT = np.take_along_axis(table_BP, positions_BT // 64, axis=1) * 64 + positions_BT % 64
+    return Cache(pages, place(slots_BT), place(table_BP) if attend else None)
+
+
 def distance(a, b) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
@@ -49,17 +56,19 @@ def distance(a, b) -> float:
 def test_decode_equals_prefill_equals_full_forward_equals_unrolled(name):
     cfg = VARIANTS[name]
     m = model.init(cfg, 0, jnp.float32)
-    ids = tokens(2, 24)
+    length = 70  # more than a page
+    ids = tokens(2, length)
     hidden_BTD, _, _ = jax.jit(lambda m: forward(m, ids))(m)
     full = m.logits(hidden_BTD)
     assert distance(model.trace(m, jnp.asarray(ids)).logits, full) < BOUND
 
-    cache = latent_cache.empty(cfg, 2, 32, jnp.float32)
-    hidden_BTD, cache, _ = jax.jit(lambda m, c: forward(m, ids[:, :16], cache=c))(m, cache)
+    run = jax.jit(lambda m, ids, positions_BT, cache: forward(m, ids, positions_BT, cache=cache))
+    positions_BT = np.broadcast_to(np.arange(length), (2, length))
+    first = through(cache.empty(cfg, 4, "float32"), positions_BT[:, : length - 8], attend=False)
+    hidden_BTD, pages, _ = run(m, ids[:, : length - 8], positions_BT[:, : length - 8], first)
     steps = [m.logits(hidden_BTD)]
-    decode = jax.jit(lambda m, t, p, c: m(t, p, jnp.ones_like(t), c, absorbed=True))
-    for i in range(16, 24):
-        hidden_BTD, cache, _ = decode(m, place(ids[:, i : i + 1]), place(np.full((2, 1), i)), cache)
+    for i in range(length - 8, length):
+        hidden_BTD, pages, _ = run(m, ids[:, [i]], positions_BT[:, [i]], through(pages, positions_BT[:, [i]]))
         steps.append(m.logits(hidden_BTD))
     assert distance(jnp.concatenate(steps, axis=1), full) < BOUND
 
@@ -68,9 +77,22 @@ def test_absorbed_equals_naive_over_a_chunk():
     m = model.init(TINY, 0, jnp.float32)
     ids = tokens(2, 24)
     naive, _, _ = forward(m, ids)
-    cache = latent_cache.empty(TINY, 2, 24, jnp.float32)
-    absorbed, _, _ = forward(m, ids, cache=cache, absorbed=True)
+    positions_BT = np.broadcast_to(np.arange(24), (2, 24))
+    absorbed, _, _ = forward(m, ids, cache=through(cache.empty(TINY, 4, "float32"), positions_BT))
     assert distance(absorbed, naive) < BOUND
+
+
+def test_what_fills_up_a_batch_changes_nothing_and_is_not_stored():
+    m = model.init(TINY, 0, jnp.float32)
+    ids, positions_BT = tokens(2, 8), np.broadcast_to(np.arange(8), (2, 8))
+    whole, pages, stats = forward(m, ids, positions_BT, cache=through(cache.empty(TINY, 4, "float32"), positions_BT))
+    filled_BT, padding = np.concatenate([positions_BT, np.full((2, 8), -1)], axis=1), tokens(2, 8, seed=1)
+    used = through(cache.empty(TINY, 4, "float32"), filled_BT)
+    used = used._replace(slots_BT=place(np.where(filled_BT < 0, -1, np.asarray(used.slots_BT))))
+    filled, filled_pages, filled_stats = forward(m, np.concatenate([ids, padding], axis=1), filled_BT, cache=used)
+    assert distance(filled[:, :8], whole) < BOUND
+    np.testing.assert_allclose(filled_pages.latent, pages.latent, atol=1e-5)
+    assert np.asarray(filled_stats["experts"])[:, :, :8].tolist() == np.asarray(stats["experts"]).tolist()
 
 
 def test_packed_equals_unpacked():

@@ -12,6 +12,7 @@ from training_cases import MODEL, TRAIN, batch, new_state, numpy
 from dsv2_jax import model, train_state
 from dsv2_jax.collectives import parse_collectives
 from dsv2_jax.router import reach
+from sharding import expert_parallel
 from sharding.expert_parallel import slots_per_device
 from sharding.mesh import make_mesh
 
@@ -29,6 +30,11 @@ SETTINGS = [
     ((2, 4), 3, "all_gather", "none", 1),
     ((2, 4), 1, "all_to_all", "full", 2),
 ]
+
+
+@pytest.fixture(autouse=True)
+def rows_of_a_real_size_go_in_rounds(monkeypatch):
+    monkeypatch.setattr(expert_parallel, "AT_ONCE", 0)
 
 
 def gradients(mesh_shape, microbatches=1, **fields):
