@@ -29,7 +29,7 @@ from dsv2_jax.fields import InputError
 from dsv2_jax.generate import Request, check_tokens, generate, score
 from dsv2_jax.model import Decoder
 from dsv2_jax.prompts import Prompt
-from dsv2_jax.sampling import Sampling
+from dsv2_jax.sampling import Sampling, check
 from dsv2_jax.tokenizer import TextStream, Tokenizer
 from sharding.mesh import make_mesh
 
@@ -46,9 +46,17 @@ flags.DEFINE_integer("max_new_tokens", 128, "At most so many new tokens.")
 flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
 flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this mass.")
 flags.DEFINE_integer("top_k", 0, "Sample from so many most likely tokens; 0: all.")
+flags.DEFINE_float("min_p", 0.0, "Sample from tokens at least so many times as likely as the most likely one.")
+flags.DEFINE_float("repetition_penalty", 1.0, "Divides positive logits of tokens in prompt and answer, multiplies others.")
+flags.DEFINE_float("presence_penalty", 0.0, "Taken from the logits of tokens in the answer.")
+flags.DEFINE_float("frequency_penalty", 0.0, "The same, for each time the token is there.")
+flags.DEFINE_multi_string("logit_bias", [], "ID:NUMBER, added to the logit of this token id; may be given again.")
 flags.DEFINE_integer("seed", 0, "The same seed, prompt and settings give the same answer in any batch.")
+flags.DEFINE_integer("n", 1, "Answers to each prompt.")
 flags.DEFINE_multi_string("stop", [], "Text that ends an answer, and is not part of it; may be given again.")
+flags.DEFINE_multi_integer("stop_token_ids", [], "A token id that ends an answer, and is part of it; may be given again.")
 flags.DEFINE_bool("ignore_eos", False, "Go on to max_new_tokens whatever the model says.")
+flags.DEFINE_integer("logprobs", 0, "Report so many of the most likely tokens at each position.")
 
 
 def main() -> None:
@@ -65,12 +73,13 @@ def main() -> None:
         cfg, tokenizer = weights.config, Tokenizer.load(weights.directory)
         # float16 overflows in this model; float32 holds the same values.
         dtype = FLAGS.dtype or ("float32" if weights.dtype == "float16" else weights.dtype)
-    sampling = Sampling(
-        **{name: getattr(FLAGS, name) for name in prompts.SAMPLING_FIELDS if name != "stop"}, stop=tuple(FLAGS.stop)
-    )
+    fields = {name: getattr(FLAGS, name) for name in prompts.SAMPLING_FIELDS}
+    sampling = prompts.to_sampling(fields | {"logit_bias": prompts.parse_biases(FLAGS.logit_bias)}, Sampling())
+    check(sampling, cfg.vocab_size, "flags")
     requests = _requests(tokenizer, sampling)
     for request in requests:
         check_tokens(cfg, request.name, request.token_ids, room=0 if FLAGS.mode == "score" else 1)
+        check(request.sampling, cfg.vocab_size, request.name)
     if FLAGS.output and FLAGS.logits_npz and os.path.realpath(FLAGS.output) == os.path.realpath(FLAGS.logits_npz):
         raise InputError(f"--output and --logits_npz: both are {FLAGS.output}, expected two files")
     eos_id = cfg.eos_token_id if cfg.eos_token_id is not None or tokenizer is None else tokenizer.eos_id

@@ -19,7 +19,7 @@ from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
 from dsv2_jax.loss import log_probs
 from dsv2_jax.model import Decoder, from_zero
-from dsv2_jax.sampling import Sampling, SamplingArrays, sample, to_arrays
+from dsv2_jax.sampling import Sampling, SamplingArrays, check, sample, to_arrays
 from sharding import specs
 
 MAX_BATCH = 64  # requests that run together
@@ -61,7 +61,8 @@ def prefill(
     """Fills the cache with right-padded prompts; returns each request's first new token and its log-probability."""
     hidden_BTD, cache, _ = model(*from_zero(tokens_BT), cache)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    return *sample(model.logits(last_BD), lengths_B, how), cache
+    sampled = sample(model.logits(last_BD), lengths_B, how, history=None)
+    return sampled.tokens_B, sampled.logprobs_B, cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -70,7 +71,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array, LatentCache]:
     """One step: puts each token at its position, returns the next one and its log-probability."""
     hidden_B1D, cache, _ = model(tokens_B[:, None], positions_B[:, None], jnp.ones_like(tokens_B)[:, None], cache, absorbed=True)
-    return *sample(model.logits(hidden_B1D[:, 0]), positions_B + 1, how), cache
+    sampled = sample(model.logits(hidden_B1D[:, 0]), positions_B + 1, how, history=None)
+    return sampled.tokens_B, sampled.logprobs_B, cache
 
 
 def generate(
@@ -87,6 +89,9 @@ def generate(
     """
     for index, request in enumerate(requests):
         check_tokens(model.cfg, f"request {index}", request.token_ids, room=1)
+        check(request.sampling, model.cfg.vocab_size, f"request {index}")
+        if request.sampling.needs_history or request.sampling.n > 1 or request.sampling.logprobs:
+            raise InputError(f"request {index}: penalties, logit_bias, n and logprobs are not part of this generation")
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
     completions: dict[int, Completion] = {}
     for first in range(0, len(order), MAX_BATCH):
@@ -128,7 +133,8 @@ def _generate_batch(model, requests, indices, eos_id, on_token) -> list[Completi
             done.token_ids.append(token)
             done.logprobs.append(float(logprobs[row]))
             stopped = on_token(indices[row], token)
-            if stopped or (token == eos_id and not request.sampling.ignore_eos):
+            ended = token in request.sampling.stop_token_ids or (token == eos_id and not request.sampling.ignore_eos)
+            if stopped or ended:
                 completions[row] = done._replace(finish_reason="stop")
             elif len(done.token_ids) == budgets[row]:
                 completions[row] = done._replace(finish_reason="length")

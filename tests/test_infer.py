@@ -15,8 +15,8 @@ from dsv2_jax import config, generate, model, tokenizer
 from dsv2_jax.convert import open_checkpoint
 from dsv2_jax.fields import InputError
 from dsv2_jax.generate import check_tokens
-from dsv2_jax.prompts import from_jsonl
-from dsv2_jax.sampling import Sampling
+from dsv2_jax.prompts import from_jsonl, parse_biases, to_sampling
+from dsv2_jax.sampling import Sampling, check
 from dsv2_jax.weights import write_native
 from sharding.mesh import make_mesh
 
@@ -126,6 +126,22 @@ def test_bench_prints_its_table(checkpoint, tmp_path):
         ('{"token_ids": [1], "temprature": 1}', "unknown key 'temprature', did you mean 'temperature'"),
         ('{"token_ids": [1], "top_p": 0}', "in.jsonl line 2: top_p is 0"),
         ('{"token_ids": [1], "stop": [3]}', "in.jsonl line 2: stop is"),
+        ('{"token_ids": [1], "stop": {"a": 1}}', "in.jsonl line 2: stop is {'a': 1}, expected non-empty strings"),
+        ('{"token_ids": [1], "stop_token_ids": 3}', "in.jsonl line 2: stop_token_ids is 3, expected a list of integers >= 0"),
+        (
+            '{"token_ids": [1], "stop_token_ids": [300]}',
+            "in.jsonl line 2: stop_token_ids has token id 300, expected an integer in",
+        ),
+        ('{"token_ids": [1], "logit_bias": {"300": 1}}', "in.jsonl line 2: logit_bias has token id 300, expected an integer in"),
+        ('{"token_ids": [1], "logit_bias": {"x": 1}}', "in.jsonl line 2: logit_bias has 'x', expected token ids"),
+        ('{"token_ids": [1], "logit_bias": {"01": 1}}', "in.jsonl line 2: logit_bias has '01', expected token ids"),
+        (
+            '{"token_ids": [1], "logit_bias": {"1": "5"}}',
+            "in.jsonl line 2: logit_bias of token id 1 is '5', expected a number in",
+        ),
+        ('{"token_ids": [1], "logit_bias": [[1, 5]]}', "in.jsonl line 2: logit_bias is [[1, 5]], expected"),
+        ('{"token_ids": [1], "n": true}', "in.jsonl line 2: n is True, expected an integer"),
+        ('{"token_ids": [1], "min_p": 1e999}', "in.jsonl line 2: min_p is inf, expected a number"),
         ('{"token_ids": [1], "prompt": "x"}', "expected exactly one of"),
         ('{"id": 3}', "expected exactly one of"),
         ('{"token_ids": "x"}', "expected a list of integers"),
@@ -145,7 +161,29 @@ def test_bad_lines_are_refused_with_their_number(checkpoint, tmp_path, line, tol
     with pytest.raises(InputError) as refused:
         for prompt in from_jsonl(str(file), tokenizer.Tokenizer.load(checkpoint), Sampling()):
             check_tokens(CFG, prompt.name, prompt.token_ids, room=1)
+            check(prompt.sampling, CFG.vocab_size, prompt.name)
     assert told in str(refused.value)
+
+
+def test_a_line_may_have_any_field_of_the_sampling(checkpoint, tmp_path):
+    others = Sampling(temperature=0.5, stop=("x",), logit_bias={9: 1})
+    asked = {"stop": "end", "stop_token_ids": [4, 5], "logit_bias": {"123": 5, "0": -1.5}, "n": 3, "logprobs": 2, "min_p": 0.1}
+    asked |= {"presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.1}
+    given = lines(tmp_path / "in.jsonl", {"token_ids": [1]}, {"token_ids": [1], **asked})
+    first, second = from_jsonl(str(given), tokenizer.Tokenizer.load(checkpoint), others)
+    assert first.sampling == others
+    expected = asked | {"stop": ("end",), "stop_token_ids": (4, 5), "logit_bias": {123: 5, 0: -1.5}}
+    assert second.sampling == dataclasses.replace(others, **expected)
+
+
+def test_biases_as_flags_give_them():
+    biases = parse_biases(["7:5", "123:-1.5"])
+    assert to_sampling({"logit_bias": biases, "stop_token_ids": [3]}, Sampling()) == Sampling(
+        logit_bias={7: 5, 123: -1.5}, stop_token_ids=(3,)
+    )
+    for bad in (["7"], ["7:"], ["7:x"], [":"], ["7:1", "7:2"], ["-7:1"], ["7 :1"], ["7:nan"], ["7:101"], [":1"]):
+        with pytest.raises(InputError, match="logit_bias"):
+            to_sampling({"logit_bias": parse_biases(bad)}, Sampling())
 
 
 def test_nothing_is_written_when_a_line_is_bad(checkpoint, tmp_path):
