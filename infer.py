@@ -3,7 +3,7 @@
 python infer.py --checkpoint=DIR --mode=generate --prompt="def fibonacci(n):"
 python infer.py --checkpoint=DIR --mode=chat
 python infer.py --checkpoint=DIR --mode=score --input=lines.jsonl --logits_npz=logits.npz
-python infer.py --preset=v2_lite --mode=bench
+python infer.py --preset=v2_lite --mode=bench --grid=64x1024x256
 """
 
 import contextlib
@@ -20,19 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from dsv2_jax import cli, config, prompts
 from dsv2_jax import model as model_lib
 from dsv2_jax.bench import bench, parse_load
+from dsv2_jax.cache import FORMATS
+from dsv2_jax.config import ModelConfig
 from dsv2_jax.convert import open_checkpoint
-from dsv2_jax.fields import InputError
 from dsv2_jax.engine import Engine, Output, check_tokens, complete
+from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
 from dsv2_jax.prompts import Prompt
-from dsv2_jax.sampling import Sampling
+from dsv2_jax.sampling import Sampling, check
 from dsv2_jax.score import score
 from dsv2_jax.tokenizer import TextStream, Tokenizer
-from sharding.mesh import make_mesh
+from pallas_kernels.latent_pages import PAGE
+from sharding.mesh import make_mesh, parse_mesh
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "A Hugging Face directory, a native one, or a training workdir (its latest step).")
@@ -43,13 +47,28 @@ flags.DEFINE_string("input", None, 'JSONL: {"prompt" | "token_ids" | "messages":
 flags.DEFINE_string("output", None, "JSONL file for the results; printed if not given.")
 flags.DEFINE_string("logits_npz", None, "score: a file for logits_0, logits_1, ... float32 [n, vocab].")
 flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Of weights and activations; the checkpoint's if not given.")
+flags.DEFINE_string("mesh", None, "As data=1,expert=2; default: the routed experts split over all devices.")
+flags.DEFINE_enum("cache_dtype", None, list(FORMATS), "Of the latent cache; --dtype's if not given.")
+flags.DEFINE_integer(
+    "cache_tokens", None, "Tokens that each device's cache holds; as many as fit if not given.", lower_bound=PAGE
+)
+flags.DEFINE_integer("max_batch", 256, "Answers that each device works on at a time.", lower_bound=1)
+flags.DEFINE_multi_string("grid", [], "bench: BATCHxPROMPTxNEW, requests and their tokens; may be given again.")
 flags.DEFINE_integer("max_new_tokens", 128, "At most so many new tokens.")
 flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
 flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this mass.")
 flags.DEFINE_integer("top_k", 0, "Sample from so many most likely tokens; 0: all.")
+flags.DEFINE_float("min_p", 0.0, "Sample from tokens at least so many times as likely as the most likely one.")
+flags.DEFINE_float("repetition_penalty", 1.0, "Divides positive logits of tokens in prompt and answer, multiplies others.")
+flags.DEFINE_float("presence_penalty", 0.0, "Taken from the logits of tokens in the answer.")
+flags.DEFINE_float("frequency_penalty", 0.0, "The same, for each time the token is there.")
+flags.DEFINE_multi_string("logit_bias", [], "ID:NUMBER, added to the logit of this token id; may be given again.")
 flags.DEFINE_integer("seed", 0, "The same seed, prompt and settings give the same answer in any batch.")
+flags.DEFINE_integer("n", 1, "Answers to each prompt.")
 flags.DEFINE_multi_string("stop", [], "Text that ends an answer, and is not part of it; may be given again.")
+flags.DEFINE_multi_integer("stop_token_ids", [], "A token id that ends an answer, and is part of it; may be given again.")
 flags.DEFINE_bool("ignore_eos", False, "Go on to max_new_tokens whatever the model says.")
+flags.DEFINE_integer("logprobs", 0, "Report so many of the most likely tokens at each position.")
 
 
 def main() -> None:
@@ -66,16 +85,18 @@ def main() -> None:
         cfg, tokenizer = weights.config, Tokenizer.load(weights.directory)
         # float16 overflows in this model; float32 holds the same values.
         dtype = FLAGS.dtype or ("float32" if weights.dtype == "float16" else weights.dtype)
-    sampling = Sampling(
-        **{name: getattr(FLAGS, name) for name in prompts.SAMPLING_FIELDS if name != "stop"}, stop=tuple(FLAGS.stop)
-    )
+    fields = {name: getattr(FLAGS, name) for name in prompts.SAMPLING_FIELDS}
+    sampling = prompts.to_sampling(fields | {"logit_bias": prompts.parse_biases(FLAGS.logit_bias)}, Sampling())
+    check(sampling, cfg.vocab_size, "flags")
     requests = _requests(tokenizer, sampling)
     for request in requests:
         check_tokens(cfg, request.name, request.token_ids, room=0 if FLAGS.mode == "score" else 1)
+        check(request.sampling, cfg.vocab_size, request.name)
     if FLAGS.output and FLAGS.logits_npz and os.path.realpath(FLAGS.output) == os.path.realpath(FLAGS.logits_npz):
         raise InputError(f"--output and --logits_npz: both are {FLAGS.output}, expected two files")
+    loads = [parse_load(text) for text in FLAGS.grid or ["1x128x64", "8x128x64"]]
     eos_id = cfg.eos_token_id if cfg.eos_token_id is not None or tokenizer is None else tokenizer.eos_id
-    with jax.set_mesh(make_mesh()), _fresh("output") as output, _fresh("logits_npz") as logits_npz:
+    with jax.set_mesh(_mesh(cfg)), _fresh("output") as output, _fresh("logits_npz") as logits_npz:
         if FLAGS.preset:
             model = model_lib.init(cfg, FLAGS.seed, jnp.dtype(dtype))
         else:
@@ -93,11 +114,29 @@ def main() -> None:
             run_generate(engine, tokenizer, requests, output)
 
 
+def _mesh(cfg: ModelConfig) -> Mesh:
+    experts, devices = cfg.n_routed_experts or 0, jax.device_count()
+    try:
+        data, expert = parse_mesh(FLAGS.mesh) if FLAGS.mesh else (1, devices)
+        mesh = make_mesh(data, expert)
+    except ValueError as error:
+        raise InputError(f"--mesh={FLAGS.mesh}: {error}") from None
+    if experts % expert:
+        raise InputError(
+            f"--mesh: {expert} devices on the expert axis, expected a divisor of the model's {experts} routed experts"
+        )
+    return mesh
+
+
 def _requests(tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
+    if FLAGS.grid and FLAGS.mode != "bench":
+        raise InputError(f"--grid: --mode={FLAGS.mode} has no loads to time, expected --mode=bench")
+    if FLAGS.mode == "bench" and (FLAGS.prompt or FLAGS.input):
+        raise InputError("--mode=bench: makes prompts of its own, expected --grid and neither --prompt nor --input")
     if FLAGS.logits_npz is not None and FLAGS.mode != "score":
         raise InputError(f"--logits_npz: --mode={FLAGS.mode} has no logits to write, expected --mode=score")
-    if FLAGS.output is not None and FLAGS.mode in ("chat", "bench"):
-        raise InputError(f"--output: --mode={FLAGS.mode} writes no lines, expected --mode=generate or score")
+    if FLAGS.output is not None and FLAGS.mode == "chat":
+        raise InputError("--output: --mode=chat writes no lines, expected --mode=generate, score or bench")
     if FLAGS.mode in ("generate", "score") and bool(FLAGS.prompt) == bool(FLAGS.input):
         raise InputError(f"--mode={FLAGS.mode}: expected --prompt or --input, and not both")
     if FLAGS.mode == "chat":
@@ -107,6 +146,9 @@ def _requests(tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
             raise InputError(
                 "--mode=chat: reads --prompt or the terminal; batches of messages go through --mode=generate --input"
             )
+        for name, only in (("n", 1), ("logprobs", 0)):
+            if getattr(sampling, name) != only:
+                raise InputError(f"--mode=chat: {name} is {getattr(sampling, name)}, expected {only}")
         return []
     if FLAGS.input:
         return prompts.from_jsonl(FLAGS.input, tokenizer, sampling)
@@ -140,7 +182,7 @@ def run_generate(engine: Engine, tokenizer: Tokenizer | None, requests: list[Pro
                 line["text"] = texts[index][number]
             line |= {"finish_reason": done.finish_reason, "logprobs": done.logprobs}
             if request.sampling.logprobs:
-                line["top_logprobs"] = done.top_logprobs
+                line["top_logprobs"] = [[{"id": id, "logprob": logprob} for id, logprob in top] for top in done.top_logprobs]
             if request.sampling.n > 1:
                 line["index"] = number
             if not streaming:

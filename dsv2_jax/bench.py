@@ -15,7 +15,6 @@ from rich.table import Table
 from dsv2_jax import roofline
 from dsv2_jax.engine import Engine, compilations
 from dsv2_jax.fields import InputError
-from dsv2_jax.model import Decoder
 from dsv2_jax.sampling import Sampling
 
 SPREAD = 0.9  # of the experts that uniform routing would touch; with fewer, a step reads less and every figure flatters
@@ -52,10 +51,14 @@ def bench(engine: Engine, loads: Sequence[Load], output: IO[bytes] | None) -> No
     for load in loads:
         name = f"--grid={'x'.join(map(str, load))}"
         if load.prompt + load.new > cfg.max_position_embeddings:
-            raise InputError(f"{name}: expected at most {cfg.max_position_embeddings} tokens, prompt and answer (max_position_embeddings)")
+            raise InputError(
+                f"{name}: expected at most {cfg.max_position_embeddings} tokens, prompt and answer (max_position_embeddings)"
+            )
         if load.batch > engine.seats:
             raise InputError(f"{name}: expected a batch of at most {engine.seats} (--max_batch)")
-    columns = "batch|prompt|new|first token ms|prompt tok/s|ms/step|new tok/s|of bandwidth|of roofline|whole run tok/s|experts/layer"
+    columns = (
+        "batch|prompt|new|first token ms|prompt tok/s|ms/step|new tok/s|of bandwidth|of roofline|whole run tok/s|experts/layer"
+    )
     table = Table(*columns.split("|"))
     results = []
     for load in loads:
@@ -64,7 +67,9 @@ def bench(engine: Engine, loads: Sequence[Load], output: IO[bytes] | None) -> No
         if output:
             output.write((json.dumps(results[-1]) + "\n").encode())
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, weights {engine.model.embed.dtype}, {engine.describe()}")
+    console.print(
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, weights {engine.model.embed.dtype}, {engine.describe()}"
+    )
     console.print(table)
     for result in results:
         if (share := result["experts_per_layer"] / result["experts_if_uniform"]) < SPREAD:
@@ -107,7 +112,14 @@ def measure(engine: Engine, load: Load) -> dict[str, Any]:
     gpu = roofline.gpu_of(jax.devices()[0].device_kind)
     if gpu and step:
         floor = roofline.decode_floor(
-            cfg, roofline.weight_bytes(engine.model), load.batch, context, distinct, engine.bytes_per_token, jax.device_count(), gpu
+            cfg,
+            roofline.weight_bytes(engine.model),
+            load.batch,
+            context,
+            distinct,
+            engine.bytes_per_token,
+            jax.device_count(),
+            gpu,
         )
         result |= {"share_of_bandwidth": floor.bandwidth / step, "share_of_roofline": floor.joint / step}
     return result

@@ -1,7 +1,7 @@
 """What the user asks for: prompts from flags or JSONL lines, checked, as token ids with their sampling."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,42 @@ class Prompt:
     given: Any
     token_ids: list[int]
     sampling: Sampling
+
+
+def to_sampling(fields: Mapping[str, Any], others: Sampling) -> Sampling:
+    """The sampling of these fields, as flags and JSON give them, and what `others` has for the rest.
+
+    Raises:
+        InputError: naming the field, its value and what was expected.
+    """
+    own = dict(fields)
+    for name in ("stop", "stop_token_ids"):
+        if isinstance(own.get(name), list):
+            own[name] = tuple(own[name])
+    if isinstance(own.get("stop"), str):
+        own["stop"] = (own["stop"],)
+    if isinstance(own.get("logit_bias"), dict):
+        own["logit_bias"] = {_token_id(key): bias for key, bias in own["logit_bias"].items()}
+    return dataclasses.replace(others, **own)
+
+
+def _token_id(text: str) -> int | str:
+    """The number that is written just so; any other text as it is, for Sampling to refuse."""
+    return int(text) if text.isdecimal() and len(text) < 20 and text == str(int(text)) else text
+
+
+def parse_biases(items: Sequence[str]) -> dict[str, float]:
+    """A flag's ID:NUMBER items as JSON would have them."""
+    biases: dict[str, float] = {}
+    for item in items:
+        token, _, number = item.partition(":")
+        if token in biases:
+            raise InputError(f"--logit_bias={item}: token id {token} is given twice")
+        try:
+            biases[token] = float(number)
+        except ValueError:
+            raise InputError(f"--logit_bias={item}: expected ID:NUMBER, as in 123:-5") from None
+    return biases
 
 
 def from_texts(texts: Sequence[str], tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:
@@ -58,11 +94,8 @@ def _from_line(name: str, index: int, line: str, tokenizer: Tokenizer | None, sa
     kinds = [kind for kind in KINDS if kind in fields]
     if len(kinds) != 1:
         raise InputError(f"{name}: has {', '.join(kinds) or 'no prompt'}, expected exactly one of {', '.join(KINDS)}")
-    own = {key: fields[key] for key in SAMPLING_FIELDS if key in fields}
-    if "stop" in own:
-        own["stop"] = tuple(own["stop"]) if isinstance(own["stop"], list) else (own["stop"],)
     try:
-        sampling = dataclasses.replace(sampling, **own)
+        sampling = to_sampling({key: fields[key] for key in SAMPLING_FIELDS if key in fields}, sampling)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return _prompt(name, fields.get("id", index), kinds[0], fields[kinds[0]], tokenizer, sampling)

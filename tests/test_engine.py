@@ -189,7 +189,7 @@ def test_penalties_survive_other_requests_and_running_out_of_pages(m):
     assert (
         wanted[4].token_ids == [400] * 3 and wanted[0].token_ids != complete(new_engine(m), [(PROMPTS[0], plain)])[0][0].token_ids
     )
-    one = new_engine(m, pages=4, seats=3)
+    one = new_engine(m, pages=5, seats=3)
     same(complete(one, requests), wanted)
     assert one.counters.preemptions > 0
     same(complete(one, requests[::-1])[::-1], wanted)

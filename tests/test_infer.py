@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import config, generate, model, tokenizer
+from dsv2_jax import config, engine, model, tokenizer
 from dsv2_jax.convert import open_checkpoint
+from dsv2_jax.engine import check_tokens
 from dsv2_jax.fields import InputError
-from dsv2_jax.generate import check_tokens
-from dsv2_jax.prompts import from_jsonl
-from dsv2_jax.sampling import Sampling
+from dsv2_jax.prompts import from_jsonl, parse_biases, to_sampling
+from dsv2_jax.sampling import Sampling, check
 from dsv2_jax.weights import write_native
 from sharding.mesh import make_mesh
 
@@ -73,9 +73,9 @@ def test_generate_answers_every_line_in_order_with_its_own_settings(checkpoint, 
     first, second, third = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert set(first) == {"id", "prompt", "token_ids", "text", "finish_reason", "logprobs"}
     assert (first["id"], second["id"], third["id"]) == ("a", 1, 7)
-    assert first["token_ids"] == generate.greedy(loaded, [[5, 6, 7]], 4)[0]
+    assert first["token_ids"] == engine.greedy(loaded, [[5, 6, 7]], 4)[0]
     tok = tokenizer.Tokenizer.load(checkpoint)
-    assert second["token_ids"] == generate.greedy(loaded, [tok.encode("the quick")], 6)[0]
+    assert second["token_ids"] == engine.greedy(loaded, [tok.encode("the quick")], 6)[0]
     assert second["text"] == tok.decode(second["token_ids"])
     assert len(third["token_ids"]) == len(third["logprobs"]) <= 6
     assert not (tmp_path / "out.jsonl.partial").exists()
@@ -111,11 +111,35 @@ def test_chat_keeps_the_conversation(checkpoint):
     assert done.stdout.splitlines()[1] != alone.stdout.splitlines()[0]
 
 
-def test_bench_prints_its_table(checkpoint, tmp_path):
-    given = lines(tmp_path / "in.jsonl", *({"token_ids": [1] * n} for n in (3, 20)))
-    done = infer(checkpoint, "--mode=bench", f"--input={given}", "--max_new_tokens=8")
+def test_bench_prints_its_table_and_writes_what_is_in_it(checkpoint, tmp_path):
+    done = infer(checkpoint, "--mode=bench", "--grid=3x20x8", "--max_batch=4", f"--output={tmp_path / 'out.jsonl'}")
     assert done.returncode == 0, done.stderr
-    assert "prefill ms" in done.stdout and "of 16" in done.stdout
+    result = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (result["batch"], result["prompt"], result["new"]) == (3, 20, 8) and result["steps_timed"] > 2
+    assert f"{result['ms_per_step']:.2f}" in done.stdout and result["experts_per_layer"] > 0.9 * result["experts_if_uniform"]
+
+
+def test_options_of_the_engine(checkpoint, loaded):
+    """Several answers a line each, likeliest tokens, a cache of a given size, told at the start."""
+    asked = [
+        "--n=2",
+        "--logprobs=2",
+        "--temperature=1.5",
+        "--max_new_tokens=4",
+        "--cache_tokens=640",
+        "--max_batch=2",
+        "--ignore_eos",
+    ]
+    done = infer(checkpoint, "--prompt=the", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "cache: 640 tokens (float32, " in done.stderr and "2 answers at a time" in done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (first["index"], second["index"], first["id"]) == (0, 1, second["id"]) and first["token_ids"] != second["token_ids"]
+    assert all(len(top) == 2 and top[0]["logprob"] >= top[1]["logprob"] for top in first["top_logprobs"])
+    refused = infer(checkpoint, "--prompt=the", "--cache_dtype=int6")
+    assert (
+        refused.returncode == 2 and refused.stderr == "error: cache_dtype int6: latent_dim is 64, expected 512 for int6 pages\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,6 +150,22 @@ def test_bench_prints_its_table(checkpoint, tmp_path):
         ('{"token_ids": [1], "temprature": 1}', "unknown key 'temprature', did you mean 'temperature'"),
         ('{"token_ids": [1], "top_p": 0}', "in.jsonl line 2: top_p is 0"),
         ('{"token_ids": [1], "stop": [3]}', "in.jsonl line 2: stop is"),
+        ('{"token_ids": [1], "stop": {"a": 1}}', "in.jsonl line 2: stop is {'a': 1}, expected non-empty strings"),
+        ('{"token_ids": [1], "stop_token_ids": 3}', "in.jsonl line 2: stop_token_ids is 3, expected a list of integers >= 0"),
+        (
+            '{"token_ids": [1], "stop_token_ids": [300]}',
+            "in.jsonl line 2: stop_token_ids has token id 300, expected an integer in",
+        ),
+        ('{"token_ids": [1], "logit_bias": {"300": 1}}', "in.jsonl line 2: logit_bias has token id 300, expected an integer in"),
+        ('{"token_ids": [1], "logit_bias": {"x": 1}}', "in.jsonl line 2: logit_bias has 'x', expected token ids"),
+        ('{"token_ids": [1], "logit_bias": {"01": 1}}', "in.jsonl line 2: logit_bias has '01', expected token ids"),
+        (
+            '{"token_ids": [1], "logit_bias": {"1": "5"}}',
+            "in.jsonl line 2: logit_bias of token id 1 is '5', expected a number in",
+        ),
+        ('{"token_ids": [1], "logit_bias": [[1, 5]]}', "in.jsonl line 2: logit_bias is [[1, 5]], expected"),
+        ('{"token_ids": [1], "n": true}', "in.jsonl line 2: n is True, expected an integer"),
+        ('{"token_ids": [1], "min_p": 1e999}', "in.jsonl line 2: min_p is inf, expected a number"),
         ('{"token_ids": [1], "prompt": "x"}', "expected exactly one of"),
         ('{"id": 3}', "expected exactly one of"),
         ('{"token_ids": "x"}', "expected a list of integers"),
@@ -145,7 +185,29 @@ def test_bad_lines_are_refused_with_their_number(checkpoint, tmp_path, line, tol
     with pytest.raises(InputError) as refused:
         for prompt in from_jsonl(str(file), tokenizer.Tokenizer.load(checkpoint), Sampling()):
             check_tokens(CFG, prompt.name, prompt.token_ids, room=1)
+            check(prompt.sampling, CFG.vocab_size, prompt.name)
     assert told in str(refused.value)
+
+
+def test_a_line_may_have_any_field_of_the_sampling(checkpoint, tmp_path):
+    others = Sampling(temperature=0.5, stop=("x",), logit_bias={9: 1})
+    asked = {"stop": "end", "stop_token_ids": [4, 5], "logit_bias": {"123": 5, "0": -1.5}, "n": 3, "logprobs": 2, "min_p": 0.1}
+    asked |= {"presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.1}
+    given = lines(tmp_path / "in.jsonl", {"token_ids": [1]}, {"token_ids": [1], **asked})
+    first, second = from_jsonl(str(given), tokenizer.Tokenizer.load(checkpoint), others)
+    assert first.sampling == others
+    expected = asked | {"stop": ("end",), "stop_token_ids": (4, 5), "logit_bias": {123: 5, 0: -1.5}}
+    assert second.sampling == dataclasses.replace(others, **expected)
+
+
+def test_biases_as_flags_give_them():
+    biases = parse_biases(["7:5", "123:-1.5"])
+    assert to_sampling({"logit_bias": biases, "stop_token_ids": [3]}, Sampling()) == Sampling(
+        logit_bias={7: 5, 123: -1.5}, stop_token_ids=(3,)
+    )
+    for bad in (["7"], ["7:"], ["7:x"], [":"], ["7:1", "7:2"], ["-7:1"], ["7 :1"], ["7:nan"], ["7:101"], [":1"]):
+        with pytest.raises(InputError, match="logit_bias"):
+            to_sampling({"logit_bias": parse_biases(bad)}, Sampling())
 
 
 def test_nothing_is_written_when_a_line_is_bad(checkpoint, tmp_path):

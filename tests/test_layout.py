@@ -18,7 +18,8 @@ MAY_IMPORT = {
 FLAGS = {
     "train.py": "preset workdir steps seed set data eval_data init_from recipe mesh zero dispatch coordinator num_processes process_id "
     "profile_steps dry_run gpus gpu",
-    "infer.py": "checkpoint preset mode prompt input output logits_npz dtype max_new_tokens temperature top_p top_k seed stop ignore_eos",
+    "infer.py": "checkpoint preset mode prompt input output logits_npz dtype mesh cache_dtype cache_tokens max_batch grid max_new_tokens temperature top_p top_k min_p "
+    "repetition_penalty presence_penalty frequency_penalty logit_bias seed n stop stop_token_ids ignore_eos logprobs",
     "dsv2_jax/convert.py": "input output to",
     "dsv2_jax/parity.py": "hf",
     "dsv2_jax/plot.py": "",
@@ -66,6 +67,7 @@ def test_no_torch_outside_the_reference():
         (["infer.py", "stray"], "unexpected argument 'stray'"),
         (["infer.py", "--top_k=many", "--checkpoint=x"], "top_k"),
         (["infer.py", "--checkpoint=/nowhere", "--prompt=x"], "/nowhere"),
+        (["infer.py", "--preset=tiny", "--mode=bench", "--logit_bias=7"], "--logit_bias=7: expected ID:NUMBER"),
         (["infer.py", "--preset=v2_lit", "--mode=bench"], "did you mean 'v2_lite'"),
     ],
 )
