@@ -27,6 +27,7 @@ from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
 from dsv2_jax.pages import PagePool
+from dsv2_jax.rotation import rotated
 from dsv2_jax.sampling import MAX_LOGPROBS, History, Sampled, Sampling, SamplingArrays, check, sample, to_arrays, to_history
 from pallas_kernels.latent_pages import PAGE, LatentPages
 from sharding import specs
@@ -226,8 +227,8 @@ class Engine:
         cache_tokens: int | None = None,
         max_batch: int = 256,
     ):
-        self.model, self.cfg, self.eos_id = model, model.cfg, eos_id
         self.cache_dtype = cache_dtype or str(model.embed.dtype)
+        self.model, self.cfg, self.eos_id = rotated(model) if cache_dtype == "int6" else model, model.cfg, eos_id
         fits = latent_cache.tokens_that_fit(self.cfg, self.cache_dtype, max_batch)
         self.num_pages = (fits if cache_tokens is None else cache_tokens) // PAGE
         if self.num_pages < 1:
