@@ -35,6 +35,7 @@ from sharding import specs
 PREFILL = 8192  # tokens of prompts from their beginning that a device computes in a step, at most
 EXTEND = 2048  # tokens of further chunks
 ROW = 64  # the shortest row of tokens
+LEAST = 8  # rows of a decode step: a matrix times one row, XLA would write out all products before it adds them up
 SHARE = 16  # a packed row holds at most a prompt for so many of its positions
 
 
@@ -91,7 +92,7 @@ def decode(
 
     seat_B, positions_B, tokens_BT, positions_BT, slots_BT, table_BP = _local(unpack, rows_BX, state.tokens_S)
     cache = Cache(state.pages, slots_BT, table_BP)
-    hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache)
+    hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=True)
     used_L = (stats["load"] > 0).sum(axis=1) if stats else None
     return *_sampled(model, state._replace(pages=pages), hidden_B1D[:, 0], positions_B + 1, seat_B, how, top), used_L
 
@@ -490,7 +491,7 @@ class Engine:
                 by_device[answer.device].append(answer)
         if not any(by_device):
             return
-        rows = bucket(max(map(len, by_device)))
+        rows = bucket(max(map(len, by_device)), LEAST)
         pages = table_width(max(len(answer.pages) for answers in by_device for answer in answers), self._tables.shape[2])
         rows_BX = np.full((self._devices, rows, 2 + pages), -1, np.int32)
         for device, mine in enumerate(by_device):

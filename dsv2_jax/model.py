@@ -86,6 +86,7 @@ class Decoder(nnx.Module):
         regather: bool = False,
         dropping: Dropping | None = None,
         dispatch: str | None = None,
+        unroll: bool = False,
     ) -> tuple[jax.Array, LatentPages | None, Stats]:
         """The normalised hidden states before the head.
 
@@ -96,6 +97,7 @@ class Decoder(nnx.Module):
                 What came over the wire is kept.
             regather: where parameters are cut (ZeRO), gather a layer's again in the backward pass instead of keeping them.
             dropping, dispatch: see `context.Context`.
+            unroll: compile each layer by itself: longer, but then no weight is copied out of its stack before it is used.
 
         Returns:
             hidden [B, T, D]; the cache's pages with the tokens in them; per MoE layer the routing's statistics, stacked on L.
@@ -124,7 +126,9 @@ class Decoder(nnx.Module):
         stats, first = [], 0
         for kind, start, length in self.cfg.runs:
             layers = jax.tree.map(lambda a, run=slice(start, start + length): a[run], getattr(self, kind))
-            (x_BTD, pages), run_stats = jax.lax.scan(layer_step, (x_BTD, pages), (layers, first + jnp.arange(length)))
+            (x_BTD, pages), run_stats = jax.lax.scan(
+                layer_step, (x_BTD, pages), (layers, first + jnp.arange(length)), unroll=unroll
+            )
             stats.append(run_stats)
             first += length
         stats = [s for s in stats if s]

@@ -27,6 +27,7 @@ from sharding.rounds import in_rounds
 DISPATCHES = ("all_to_all", "all_gather")
 ARRIVED = "arrived"  # the name under which `jax.checkpoint` knows what came over the wire
 SLACK = 1.25  # buffers hold this much of the mean load under uniform routing; the rest waits for a further round
+FEW = 4096  # pairs whose places are found by comparing all with all: a few reductions, and not a dozen small kernels
 AT_ONCE = 16384  # rows that are multiplied in one go, however they fall: a loop would copy the weights it uses out of their stack
 
 Experts = Any  # a pytree of arrays [E, ...]
@@ -166,16 +167,24 @@ def expert_order(local_NK: jax.Array, num_experts: int, unit: int, rows: int) ->
     """
     expert_P = local_NK.reshape(-1)
     expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
-    pairs = expert_P.size
-    sorted_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
-    sizes_E = jnp.zeros(num_experts + 1, jnp.int32).at[expert_P].add(1)[:-1]
+    index_P, index_E = jnp.arange(expert_P.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=jnp.int32)
+    few = expert_P.size <= FEW
+    if few:
+        sizes_E = (expert_P[:, None] == index_E).sum(axis=0, dtype=jnp.int32)
+        before_P = ((expert_P[:, None] == expert_P) & (index_P < index_P[:, None])).sum(axis=1, dtype=jnp.int32)
+    else:
+        sizes_E = jnp.zeros(num_experts + 1, jnp.int32).at[expert_P].add(1)[:-1]
+        sorted_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
+        place_P = jnp.zeros_like(index_P).at[sorted_P].set(index_P, unique_indices=True)
+        before_P = place_P - jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)[expert_P]
     padded_E = -(-sizes_E // unit) * unit
-    starts_E = jnp.cumsum(padded_E) - padded_E
-    shift_E = jnp.append(starts_E - (jnp.cumsum(sizes_E) - sizes_E), rows)
-    expert_of_sorted_P = expert_P[sorted_P]
-    row_of_sorted_P = jnp.where(expert_of_sorted_P < num_experts, jnp.arange(pairs) + shift_E[expert_of_sorted_P], rows)
-    row_P = jnp.zeros(pairs, jnp.int32).at[sorted_P].set(row_of_sorted_P.astype(jnp.int32), unique_indices=True)
-    return _inverse(row_P.reshape(local_NK.shape), rows), sizes_E, starts_E
+    starts_E = jnp.where(index_E < index_E[:, None], padded_E, 0).sum(axis=1) if few else jnp.cumsum(padded_E) - padded_E
+    row_P = jnp.where(expert_P < num_experts, jnp.append(starts_E, 0)[expert_P] + before_P, rows)
+    row_NK = row_P.astype(jnp.int32).reshape(local_NK.shape)
+    if few:
+        held_MP = row_P == jnp.arange(rows, dtype=jnp.int32)[:, None]
+        return Order(jnp.where(held_MP, index_P, index_P.size).min(axis=1), row_NK), sizes_E, starts_E
+    return _inverse(row_NK, rows), sizes_E, starts_E
 
 
 def _inverse(row_NK: jax.Array, rows: int) -> Order:

@@ -87,8 +87,10 @@ def test_what_does_not_fit_travels_and_is_multiplied_in_further_rounds(mesh_shap
     compare(load, mesh_shape, dispatch)
 
 
+@pytest.mark.parametrize("few", [0, 4096])
 @pytest.mark.parametrize("unit", [1, 8])
-def test_expert_order_is_a_permutation_of_the_local_pairs(unit):
+def test_expert_order_is_a_permutation_of_the_local_pairs(unit, few, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "FEW", few)
     rng = np.random.default_rng(1)
     local = rng.integers(-3, 8, (20, K)).astype(np.int32)  # 5 experts here, the others elsewhere
     order, sizes_E, starts_E = expert_order(jnp.asarray(local), 5, unit, 128)
@@ -109,7 +111,8 @@ def test_expert_order_is_a_permutation_of_the_local_pairs(unit):
 
 
 @pytest.mark.parametrize("mesh_shape, dispatch", [((1, 1), None), ((1, 2), "all_to_all"), ((1, 2), "all_gather")])
-def test_the_backward_pass_scatters_no_rows(mesh_shape, dispatch):
+def test_the_backward_pass_scatters_no_rows(mesh_shape, dispatch, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "FEW", 0)
     x, experts, weights, w = operands("spread")
 
     def total(x, weights, w):
