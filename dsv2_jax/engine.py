@@ -44,7 +44,7 @@ class State(NamedTuple):
 
     pages: LatentPages
     tokens_S: jax.Array  # the last token of the request in each seat
-    history: History | None  # [S, V], where any request has penalties or biases
+    history: History | None = None  # [S, V]; given to a program where one of its requests has penalties or biases
 
 
 class Batch(NamedTuple):
@@ -107,7 +107,7 @@ def _sampled(model, state: State, hidden_RD, positions_R, seat_R, how, top) -> t
     def count(count_SV, seat_R, tokens_R):
         return count_SV.at[jnp.where(seat_R < 0, len(count_SV), seat_R), tokens_R].add(1, mode="drop")
 
-    history = None if how is None or state.history is None else _local(rows, state.history, seat_R)
+    history = None if state.history is None else _local(rows, state.history, seat_R)
     sampled = sample(model.logits(hidden_RD), positions_R, how, history, top)
     state = state._replace(tokens_S=_local(put, state.tokens_S, seat_R, sampled.tokens_B))
     if history is not None:
@@ -239,7 +239,8 @@ class Engine:
         self._devices, self._max_batch = jax.sharding.get_mesh().size, max_batch
         seats = self._devices * max_batch
         pages = latent_cache.empty(self.cfg, self.num_pages, self.cache_dtype)
-        self._state = State(pages, place(np.zeros(seats, np.int32)), None)
+        self._state = State(pages, place(np.zeros(seats, np.int32)))
+        self._history: History | None = None  # made when a request first needs it
         self._pools = [PagePool(self.num_pages) for _ in range(self._devices)]
         self._free_seats = [list(range(max_batch)) for _ in range(self._devices)]
         self._tables = np.zeros((self._devices, max_batch, -(-self.cfg.max_position_embeddings // PAGE)), np.int32)
@@ -248,7 +249,7 @@ class Engine:
         self._flights: collections.deque[tuple[Sampled, list[_Answer | None]]] = collections.deque()
         self._outputs: list[Output] = []  # read, and not yet given out
         self._rows: list[_Answer | None] = []  # of the last decode step, and what they ask
-        self._rows_sampling: tuple[SamplingArrays | None, int] = (None, 0)
+        self._rows_asked = _Asked(None, 0, False)
         self._used: jax.Array | None = None  # experts that the last decode step uses, by MoE layer
         self._numbers = itertools.count()
         self.counters = Counters()
@@ -363,18 +364,16 @@ class Engine:
 
     def _begin_history(self, answer: _Answer) -> None:
         vocab = self.cfg.vocab_size
-        if self._state.history is None:
+        if self._history is None:
             if not answer.sampling.needs_history:
                 return
             seats = self._devices * self._max_batch
-            zeros = History(
-                *(jnp.zeros((seats, vocab), dtype, out_sharding=specs.logits_BV) for dtype in (bool, jnp.int32, jnp.float32))
-            )
-            self._state = self._state._replace(history=zeros)
+            dtypes = (bool, jnp.int32, jnp.float32)
+            self._history = History(*(jnp.zeros((seats, vocab), dtype, out_sharding=specs.logits_BV) for dtype in dtypes))
         seat_D = np.full(self._devices, -1, np.int32)
         seat_D[answer.device] = answer.seat
         new = to_history([answer.sampling], [answer.prompt], [answer.new], vocab)
-        self._state = self._state._replace(history=_begin(self._state.history, place(seat_D), new))
+        self._history = _begin(self._history, place(seat_D), new)
 
     def _leave(self, answer: _Answer) -> None:
         """Gives back seat and pages; what these hold stays known."""
@@ -477,9 +476,7 @@ class Engine:
                     answers[sample] = answer
                     answer.decoding = True
         batch = Batch(tokens_BT, positions_BT, segments_BT, slots_BT, table_BP, last_R, seat_R)
-        how, top = sampling_of(answers)
-        self._state, sampled = prefill(self.model, self._state, jax.tree.map(place, batch), how, top)
-        self._sent(sampled, answers)
+        self._send(prefill, jax.tree.map(place, batch), answers, _Asked.by(answers))
 
     def _send_decode(self) -> None:
         for answer in list(self._running):
@@ -504,18 +501,21 @@ class Engine:
                 answer.stored += 1
         answers = [answer for mine in by_device for answer in mine + [None] * (rows - len(mine))]
         if answers != self._rows:
-            self._rows, self._rows_sampling = answers, sampling_of(answers)
-        rows_BX = place(rows_BX.reshape(-1, 2 + pages))
-        self._state, sampled, self._used = decode(self.model, self._state, rows_BX, *self._rows_sampling)
-        self._sent(sampled, answers)
+            self._rows, self._rows_asked = answers, _Asked.by(answers)
+        (self._used,) = self._send(decode, place(rows_BX.reshape(-1, 2 + pages)), answers, self._rows_asked)
 
-    def _sent(self, sampled: Sampled, answers: list[_Answer | None]) -> None:
+    def _send(self, program: Callable, operand: Any, answers: list[_Answer | None], asked: "_Asked") -> list[Any]:
+        """Sends a program on its way, and returns what it returns beside state and samples."""
+        state = self._state._replace(history=self._history if asked.history else None)
+        state, sampled, *rest = program(self.model, state, operand, asked.how, asked.top)
+        self._history, self._state = state.history or self._history, state._replace(history=None)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         for answer in answers:
             if answer:
                 answer.ahead += 1
         self._flights.append((sampled, answers))
+        return rest
 
     def _read(self) -> None:
         """Takes in the tokens of the oldest program on its way, waiting for it."""
@@ -555,14 +555,22 @@ def table_width(pages: int, most: int) -> int:
     return min(width, most)
 
 
-def sampling_of(answers: Sequence[_Answer | None]) -> tuple[SamplingArrays | None, int]:
-    """What the rows ask, on the devices (None: the likeliest token), and of how many tokens log-probabilities are computed."""
-    asked = [answer.sampling if answer else Sampling() for answer in answers]
-    top = MAX_LOGPROBS if any(one.logprobs for one in asked) else 0
-    if all(one.temperature == 0 and not one.needs_history for one in asked):
-        return None, top
-    index = [answer.index if answer else 0 for answer in answers]
-    return jax.tree.map(place, to_arrays(asked, index)), top
+class _Asked(NamedTuple):
+    """What the answers of a program ask of their samples."""
+
+    how: SamplingArrays | None  # on the devices; None: the likeliest token
+    top: int  # of how many tokens log-probabilities are computed
+    history: bool  # whether any has penalties or biases
+
+    @classmethod
+    def by(cls, answers: Sequence[_Answer | None]) -> "_Asked":
+        samplings = [answer.sampling if answer else Sampling() for answer in answers]
+        top = MAX_LOGPROBS if any(one.logprobs for one in samplings) else 0
+        history = any(one.needs_history for one in samplings)
+        if not history and all(one.temperature == 0 for one in samplings):
+            return cls(None, top, history)
+        arrays = to_arrays(samplings, [answer.index if answer else 0 for answer in answers])
+        return cls(jax.tree.map(place, arrays), top, history)
 
 
 def place(array: np.ndarray) -> jax.Array:

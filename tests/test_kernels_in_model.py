@@ -40,7 +40,7 @@ def test_prefill_and_decode():
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), specs.per_request_B))
 
     for dtype in ("bfloat16", "fp8", "int6"):
-        state = engine.State(jax.eval_shape(lambda dtype=dtype: cache.empty(ONE_LAYER, 8, dtype)), integers(4), None)
+        state = engine.State(jax.eval_shape(lambda dtype=dtype: cache.empty(ONE_LAYER, 8, dtype)), integers(4))
         fresh = engine.Batch(*[integers(1, 64)] * 4, None, integers(4), integers(4))
         assert kernels(engine.prefill, decoder, state, fresh, None, 0) == {"mla_attention_forward", "grouped_matmul"}
         further = engine.Batch(*[integers(2, 64)] * 4, integers(2, 16), integers(2), integers(2))
