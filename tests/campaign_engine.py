@@ -62,7 +62,7 @@ def every_shape(one: Engine) -> None:
         few, many = (dataclasses.replace(kind, max_new_tokens=new) for new in (2, 60))
         for length in LENGTHS:
             for _ in range(2):
-                complete(one, [([token] * length, few)])
+                complete(one, [([length % 256] + [token] * length, few)])
         complete(one, [([token, n], many) for n in range(16)])
 
 
