@@ -1,27 +1,24 @@
 """Weights in 8-bit floats (e4m3) with a float32 scale for each block of 128 x 128 (DeepSeek-V3, section 3.3.2, and its checkpoints).
 
-In a model an `Fp8Matrix` stands where a parameter stood, and `project` multiplies with either. In a checkpoint a parameter of
-e4m3 has another beside it, its name with SCALES: [F blocks, K blocks] in float32, or [F, K blocks] where blocks begin within
-another parameter's. What they stand for is value times scale. Letters: B batch, T positions, K and F a matrix's inputs and
-outputs, H and G blocks of 128 in F and K.
+What they stand for is value times scale. In a model an `Fp8Matrix` stands where a parameter stood; projections.py makes and
+multiplies it. In a checkpoint a parameter of e4m3 has another beside it, its name with SCALES: float32 [H, G] a matrix, or [F, G]
+where its blocks begin within another parameter's. Letters: K and F a matrix's inputs and outputs, G and H blocks of 128 in them.
 """
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from dsv2_jax.tensor_files import DTYPES, copy
-from pallas_kernels.grouped_matmul_fp8 import BLOCK, LARGEST, NOTHING, Fp8Weights, matmul_fp8, quantise_weights
-from sharding import specs
 
 SCALES = ".scales"
 FLOAT8 = DTYPES["F8_E4M3"]
+BLOCK = 128  # rows and columns under one scale
+LARGEST = np.float32(ml_dtypes.finfo(FLOAT8).max)  # 448
+NOTHING = 2.0**-100  # a block below it is one of zeros
 # Matrices that are quantised. The key's rotary part and what is used absorbed, head by head, are so in checkpoints alone: in a
 # model they are a 128th of the 236B's bytes, and multiply as they are.
 MULTIPLIED = frozenset({"w_q", "w_dq", "w_uq", "w_dkv", "w_o", "w_gate", "w_up", "w_down"})
@@ -31,9 +28,6 @@ STORED = MULTIPLIED | {"w_kr", "w_uk", "w_uv"}
 def input_axes(name: str) -> int:
     """How many of the axes of a matrix, by its name, are summed over; the others are its outputs."""
     return 2 if name == "w_o" else 1
-
-
-# -- on devices
 
 
 @jax.tree_util.register_dataclass
@@ -49,39 +43,6 @@ class Fp8Matrix:
     @property
     def shape(self) -> tuple[int, ...]:
         return *self.values.shape[:-2], *self.inputs, *self.outputs
-
-    @property
-    def blocks(self) -> Fp8Weights:
-        """What the kernels take."""
-        return Fp8Weights(self.values, self.scales)
-
-
-def project(subscripts: str, x: jax.Array, w: nnx.Param | Fp8Matrix) -> jax.Array:
-    """`jnp.einsum` of tokens [B, T, ...] and a parameter over the parameter's inputs, in x's dtype."""
-    if not isinstance(w, Fp8Matrix):
-        return jnp.einsum(subscripts, x, w)
-    x_BTK = x.reshape(*x.shape[:2], -1)
-    # Kernels know no mesh: each device multiplies its own sequences.
-    y_BTF = jax.shard_map(matmul_fp8, out_specs=specs.activations_BTD)(x_BTK, w.blocks)
-    return y_BTF[..., : math.prod(w.outputs)].reshape(*x.shape[:2], *w.outputs)
-
-
-def quantised(layer: Any) -> Any:
-    """A layer's module with its large matrices in 8 bits; experts are those with an axis more."""
-
-    def quantise(path: tuple[Any, ...], param: nnx.Param) -> nnx.Param | Fp8Matrix:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        if name not in MULTIPLIED:
-            return param
-        w, stacked = param[...], int("experts" in jax.tree_util.keystr(path))
-        shape = w.shape[stacked:]
-        inputs, outputs = shape[: input_axes(name)], shape[input_axes(name) :]
-        w_EKF = w.reshape(*w.shape[:stacked], math.prod(inputs), math.prod(outputs))
-        w_EKF = jnp.pad(w_EKF, [(0, 0)] * stacked + [(0, -n % BLOCK) for n in w_EKF.shape[stacked:]])
-        blocks = quantise_weights(w_EKF if stacked else w_EKF[None])
-        return Fp8Matrix(*(blocks if stacked else (a[0] for a in blocks)), inputs, outputs)
-
-    return jax.tree.map_with_path(quantise, layer, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 # -- on the host
@@ -112,7 +73,7 @@ def quantise(w_FK: np.ndarray, values_FK: np.ndarray, scales_HG: np.ndarray) -> 
         strip = np.empty((min(BLOCK, rows - h * BLOCK), columns), np.float32)
         copy(strip, w_FK[h * BLOCK : (h + 1) * BLOCK])
         largest_G = np.maximum.reduceat(np.abs(strip).max(axis=0), starts)
-        scales_G[:] = (((largest_G / np.float32(LARGEST)).view(np.uint32) + 4) & ~np.uint32(7)).view(np.float32)
+        scales_G[:] = (((largest_G / LARGEST).view(np.uint32) + 4) & ~np.uint32(7)).view(np.float32)
         scales_G[largest_G < NOTHING] = 1
         strip /= np.repeat(scales_G, BLOCK)[:columns]
         # Rounded to 16 bits towards the odd neighbour, a number still rounds to the same 8 bits: a table has them. (The cast of
@@ -122,7 +83,9 @@ def quantise(w_FK: np.ndarray, values_FK: np.ndarray, scales_HG: np.ndarray) -> 
         values_FK[h * BLOCK : h * BLOCK + len(strip), :columns] = codes.view(FLOAT8)
 
 
-def dequantise(values_FK: np.ndarray, scales_HG: np.ndarray, row_F: np.ndarray, column_K: np.ndarray, target_FK: np.ndarray) -> None:
+def dequantise(
+    values_FK: np.ndarray, scales_HG: np.ndarray, row_F: np.ndarray, column_K: np.ndarray, target_FK: np.ndarray
+) -> None:
     """Writes value times scale, a float32 product, rounded to the dtype of `target`.
 
     Args:

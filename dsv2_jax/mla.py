@@ -15,7 +15,7 @@ from flax import nnx
 from dsv2_jax import cache
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context
-from dsv2_jax.fp8 import project
+from dsv2_jax.projections import project
 from dsv2_jax.rope import rotate, softmax_scale
 from pallas_kernels.latent_pages import LatentPages
 from pallas_kernels.mla_attention import mla_attention

@@ -18,9 +18,9 @@ from flax import nnx
 from dsv2_jax.cache import Cache, schedule
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context, Dropping
-from dsv2_jax.fp8 import quantised
 from dsv2_jax.mla import MLA, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
+from dsv2_jax.projections import quantised
 from dsv2_jax.rope import cos_sin
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto

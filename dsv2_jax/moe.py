@@ -12,11 +12,9 @@ from flax import nnx
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context, Dropping
 from dsv2_jax.fields import InputError
-from dsv2_jax.fp8 import Fp8Matrix, project
 from dsv2_jax.mla import init_normal
+from dsv2_jax.projections import project, project_experts
 from dsv2_jax.router import Routing, balance, expert_load, group_of, reach, route
-from pallas_kernels.grouped_mlp import grouped_mlp
-from pallas_kernels.grouped_mlp_fp8 import grouped_mlp_fp8
 from sharding import dropping, specs
 from sharding.expert_parallel import routed_experts
 
@@ -48,10 +46,7 @@ class RoutedExperts(nnx.Module):
 
     def __call__(self, rows_MD: jax.Array, weight_M: jax.Array, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         """weight * expert(row) of rows in expert order."""
-        weights = self.w_gate, self.w_up, self.w_down
-        if isinstance(self.w_gate, Fp8Matrix):
-            return grouped_mlp_fp8(rows_MD, weight_M, *(w.blocks for w in weights), group_sizes_E, row_unit)
-        return grouped_mlp(rows_MD, weight_M, *(w[...] for w in weights), group_sizes_E, row_unit)
+        return project_experts(rows_MD, weight_M, (self.w_gate, self.w_up, self.w_down), group_sizes_E, row_unit)
 
 
 class DeepSeekMoE(nnx.Module):

@@ -18,8 +18,9 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from dsv2_jax.config import PRESETS, ModelConfig, Yarn, tiny
-from dsv2_jax.convert import convert, hf_config, layout, open_checkpoint
+from dsv2_jax.convert import convert, hf_config, open_checkpoint
 from dsv2_jax.fields import InputError
+from dsv2_jax.hugging_face import layout
 from dsv2_jax.tensor_files import copy
 from dsv2_jax.weights import new_directory
 
@@ -149,8 +150,8 @@ def stored(tensors):
     return {name: (CODES[tensor.dtype], tensor.shape, tensor.tobytes()) for name, tensor in tensors.items()}
 
 
-def there_and_back(source, tmp_path):
-    convert(source, tmp_path / "native", "native")
+def there_and_back(source, tmp_path, weights_dtype=None):
+    convert(source, tmp_path / "native", "native", weights_dtype)
     convert(tmp_path / "native", tmp_path / "hf", "hf")
     assert not list(tmp_path.glob("*.partial"))
     return read_back(tmp_path / "hf")
@@ -304,9 +305,9 @@ def test_float8_blocks_equal_a_plain_dequantisation(tmp_path, stack):
                 expected[f"{at}.{e}.down_proj.weight"] = down[e]
     config = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
     source = write(tmp_path / "source", cfg, tensors, shards=5, **config)
-    assert there_and_back(source, tmp_path) == stored(expected)
+    assert there_and_back(source, tmp_path, "bfloat16") == stored(expected)
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
-    convert(source, tmp_path / "direct", "hf")
+    convert(source, tmp_path / "direct", "hf", "bfloat16")
     assert read_back(tmp_path / "direct") == stored(expected)
 
 
