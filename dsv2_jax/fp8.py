@@ -17,7 +17,7 @@ from dsv2_jax.tensor_files import DTYPES, copy
 SCALES = ".scales"
 FLOAT8 = DTYPES["F8_E4M3"]
 BLOCK = 128  # rows and columns under one scale
-LARGEST = np.float32(ml_dtypes.finfo(FLOAT8).max)  # 448
+LARGEST = float(ml_dtypes.finfo(FLOAT8).max)  # 448
 NOTHING = 2.0**-100  # a block below it is one of zeros
 # Matrices that are quantised. The key's rotary part and what is used absorbed, head by head, are so in checkpoints alone: in a
 # model they are a 128th of the 236B's bytes, and multiply as they are.
@@ -73,7 +73,7 @@ def quantise(w_FK: np.ndarray, values_FK: np.ndarray, scales_HG: np.ndarray) -> 
         strip = np.empty((min(BLOCK, rows - h * BLOCK), columns), np.float32)
         copy(strip, w_FK[h * BLOCK : (h + 1) * BLOCK])
         largest_G = np.maximum.reduceat(np.abs(strip).max(axis=0), starts)
-        scales_G[:] = (((largest_G / LARGEST).view(np.uint32) + 4) & ~np.uint32(7)).view(np.float32)
+        scales_G[:] = (((largest_G * np.float32(1 / LARGEST)).view(np.uint32) + 4) & ~np.uint32(7)).view(np.float32)
         scales_G[largest_G < NOTHING] = 1
         strip /= np.repeat(scales_G, BLOCK)[:columns]
         # Rounded to 16 bits towards the odd neighbour, a number still rounds to the same 8 bits: a table has them. (The cast of

@@ -49,10 +49,11 @@ def quantise_weights(w_EKF: jax.Array) -> Fp8Weights:
     """
     blocks_EGKHF = _split(_split(w_EKF, 2, "F"), 1, "K").astype(jnp.float32)
     largest_EGH = jnp.abs(blocks_EGKHF).max(axis=(2, 4))
-    bits_EGH = lax.bitcast_convert_type(largest_EGH / LARGEST, jnp.uint32)
+    bits_EGH = lax.bitcast_convert_type(largest_EGH * (1 / LARGEST), jnp.uint32)
     scales_EGH = jnp.where(largest_EGH < NOTHING, 1.0, lax.bitcast_convert_type(bits_EGH + 4 & ~jnp.uint32(7), jnp.float32))
-    values_EGKHF = (blocks_EGKHF / scales_EGH[:, :, None, :, None]).astype(jnp.float8_e4m3fn)
-    return Fp8Weights(values_EGKHF.reshape(w_EKF.shape).swapaxes(1, 2), scales_EGH.swapaxes(1, 2))
+    scales_EKF = jnp.repeat(jnp.repeat(scales_EGH, BLOCK, axis=1), BLOCK, axis=2)
+    values_EKF = (w_EKF.astype(jnp.float32) / scales_EKF).astype(jnp.float8_e4m3fn)
+    return Fp8Weights(values_EKF.swapaxes(1, 2), scales_EGH.swapaxes(1, 2))
 
 
 def quantise_rows(x_MK: jax.Array, implementation: str | None = None) -> Fp8Rows:
