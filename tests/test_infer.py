@@ -81,6 +81,17 @@ def test_generate_answers_every_line_in_order_with_its_own_settings(checkpoint, 
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
+def test_8_bit_weights(checkpoint, tmp_path):
+    weights = open_checkpoint(checkpoint)
+    wanted = generate.greedy(model.load(weights, "float32", fp8=True), [[5, 6, 7]], 4)[0]
+    given = lines(tmp_path / "in.jsonl", {"token_ids": [5, 6, 7]})
+    done = infer(checkpoint, "--weights_dtype=fp8", "--max_new_tokens=4", "--ignore_eos", f"--input={given}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token_ids"] == wanted
+    done = infer(checkpoint, "--weights_dtype=float32", "--dtype=bfloat16", f"--input={given}")
+    assert done.returncode == 2 and done.stderr == "error: --weights_dtype=float32: expected fp8, or what --dtype is, bfloat16\n"
+
+
 def test_score_and_logits(checkpoint, loaded, tmp_path):
     ids = [[5, 6, 7, 8], [9, 10]]
     given = lines(tmp_path / "in.jsonl", *({"token_ids": i} for i in ids))

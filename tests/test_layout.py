@@ -20,7 +20,7 @@ FLAGS = {
     "profile_steps dry_run gpus gpu",
     "infer.py": "checkpoint preset mode prompt input output logits_npz dtype weights_dtype mesh cache_dtype cache_tokens max_batch grid max_new_tokens temperature top_p top_k min_p "
     "repetition_penalty presence_penalty frequency_penalty logit_bias seed n stop stop_token_ids ignore_eos logprobs",
-    "dsv2_jax/convert.py": "input output to",
+    "dsv2_jax/convert.py": "input output to weights_dtype",
     "dsv2_jax/parity.py": "hf",
     "dsv2_jax/plot.py": "",
     "dsv2_jax/checkpoint.py": "",
