@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from absl import flags
 from dsv2_jax import cli
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
-from dsv2_jax.fp8 import FLOAT8, blocks_of
+from dsv2_jax.fp8 import FLOAT8, SCALES, blocks_of
 from dsv2_jax.hugging_face import (
     CONFIG,
     FLOAT32,
@@ -31,6 +31,7 @@ from dsv2_jax.hugging_face import (
     PICKLES,
     SCALE_INV,
     HuggingFaceWeights,
+    Part,
     QuantisedWeights,
     assemble,
     check_parameters,
@@ -86,10 +87,17 @@ def write_hf(weights: Weights, directory: Path, advance: Callable[[int], None]) 
         weight_map |= dict.fromkeys(names, shard)
         with create_tensors(directory / shard, {name: specs[name] for name in names}) as write:
             for name in names:
-                array = assembled(name.removesuffix(SCALE_INV))[name.endswith(SCALE_INV)]
-                write(name, array)
-                advance(array.nbytes)
+                tensor = name.removesuffix(SCALE_INV)
+                write(name, assembled(tensor)[tensor != name])
+                if tensor == name:
+                    advance(_held(weights, tensors[name].parts))
     (directory / INDEX).write_text(_json({"metadata": {"total_size": ends[-1]}, "weight_map": weight_map}))
+
+
+def _held(weights: Weights, parts: Iterable[Part]) -> int:
+    """Bytes of parts and of their scales, as the weights hold them."""
+    of = [(part, path) for part in parts for path in (part.path, part.path + SCALES) if path in weights.shapes]
+    return sum(math.prod(weights.shapes[path][0][len(part.index) :]) * weights.shapes[path][1].itemsize for part, path in of)
 
 
 def hf_config(weights: Weights) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 h = embed[ids];  per layer h += MLA(norm(h)), h += FFN(norm(h));  logits = norm(h) w_head.
 
 Modules are plain pytrees of parameters: only `jax` transforms touch them, and nothing is mutated in a call. Layers of one kind
-are stacked on a leading axis and scanned. `convert.py` maps the names here to those of Hugging Face.
+are stacked on a leading axis and scanned. `hugging_face.py` maps the names here to Hugging Face's.
 Letters: L layers, B batch, T positions, D model, K experts a token, V vocabulary.
 """
 
