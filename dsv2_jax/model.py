@@ -18,6 +18,7 @@ from flax import nnx
 from dsv2_jax.cache import Cache, schedule
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context, Dropping
+from dsv2_jax.fp8 import FLOAT8
 from dsv2_jax.mla import MLA, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
 from dsv2_jax.projections import quantised
@@ -145,6 +146,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of normalised hidden states [..., D]."""
         return head_logits(hidden, self.w_head[...])
+
+    @property
+    def weights_dtype(self) -> str:
+        """fp8 where the layers' matrices are 8-bit floats, else the parameters' dtype."""
+        return "fp8" if any(leaf.dtype == FLOAT8 for leaf in jax.tree.leaves(self)) else str(self.embed.dtype)
 
     def _embed(self, tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, Context]:
         # Looked up in float32, so that its gradient is summed in float32: a frequent token's is a sum of hundreds.

@@ -43,6 +43,16 @@ def _operand(w: Fp8Matrix) -> Fp8Weights:
     return Fp8Weights(w.values, w.scales)
 
 
+def exact(w: Weight) -> jax.Array:
+    """What a weight, or a stack of them, stands for, in float32."""
+    if not isinstance(w, Fp8Matrix):
+        return w[...].astype(jnp.float32)
+    inputs, outputs = math.prod(w.inputs), math.prod(w.outputs)
+    scales = jnp.repeat(jnp.repeat(w.scales, BLOCK, axis=-2), BLOCK, axis=-1)
+    w_FK = (w.values.astype(jnp.float32) * scales)[..., :outputs, :inputs]
+    return w_FK.swapaxes(-1, -2).reshape(w.shape)
+
+
 def quantised(layer: Any) -> Any:
     """A layer's module with its large matrices in 8 bits."""
 

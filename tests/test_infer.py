@@ -83,7 +83,7 @@ def test_generate_answers_every_line_in_order_with_its_own_settings(checkpoint, 
 
 def test_8_bit_weights(checkpoint, tmp_path):
     weights = open_checkpoint(checkpoint)
-    wanted = generate.greedy(model.load(weights, "float32", fp8=True), [[5, 6, 7]], 4)[0]
+    wanted = engine.greedy(model.load(weights, "float32", fp8=True), [[5, 6, 7]], 4)[0]
     given = lines(tmp_path / "in.jsonl", {"token_ids": [5, 6, 7]})
     done = infer(checkpoint, "--weights_dtype=fp8", "--max_new_tokens=4", "--ignore_eos", f"--input={given}")
     assert done.returncode == 0, done.stderr
