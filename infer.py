@@ -27,7 +27,7 @@ from dsv2_jax import model as model_lib
 from dsv2_jax.bench import bench, parse_load
 from dsv2_jax.cache import FORMATS
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.convert import open_checkpoint
+from dsv2_jax.convert import WEIGHTS_DTYPES, open_checkpoint
 from dsv2_jax.engine import Engine, Output, check_tokens, complete
 from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
@@ -47,6 +47,7 @@ flags.DEFINE_string("input", None, 'JSONL: {"prompt" | "token_ids" | "messages":
 flags.DEFINE_string("output", None, "JSONL file for the results; printed if not given.")
 flags.DEFINE_string("logits_npz", None, "score: a file for logits_0, logits_1, ... float32 [n, vocab].")
 flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Of weights and activations; the checkpoint's if not given.")
+flags.DEFINE_enum("weights_dtype", None, WEIGHTS_DTYPES, "fp8: the layers' matrices multiply in 8 bits; --dtype's if not given.")
 flags.DEFINE_string("mesh", None, "As data=1,expert=2; default: the routed experts split over all devices.")
 flags.DEFINE_enum("cache_dtype", None, list(FORMATS), "Of the latent cache; --dtype's if not given.")
 flags.DEFINE_integer(
@@ -76,15 +77,15 @@ def main() -> None:
     if FLAGS.mode == "bench" and FLAGS.preset:
         if FLAGS.checkpoint:
             raise InputError("--preset and --checkpoint: expected one of them")
-        dtype, tokenizer = FLAGS.dtype or "bfloat16", None
+        own, tokenizer = "bfloat16", None
         cfg = config.preset(FLAGS.preset)
     elif FLAGS.preset or not FLAGS.checkpoint:
         raise InputError("--checkpoint is missing" if not FLAGS.preset else "--preset has random weights, for --mode=bench only")
     else:
         weights = open_checkpoint(FLAGS.checkpoint)
         cfg, tokenizer = weights.config, Tokenizer.load(weights.directory)
-        # float16 overflows in this model; float32 holds the same values.
-        dtype = FLAGS.dtype or ("float32" if weights.dtype == "float16" else weights.dtype)
+        own = weights.dtype
+    dtype, fp8 = _dtypes(own)
     fields = {name: getattr(FLAGS, name) for name in prompts.SAMPLING_FIELDS}
     sampling = prompts.to_sampling(fields | {"logit_bias": prompts.parse_biases(FLAGS.logit_bias)}, Sampling())
     check(sampling, cfg.vocab_size, "flags")
@@ -98,9 +99,9 @@ def main() -> None:
     eos_id = cfg.eos_token_id if cfg.eos_token_id is not None or tokenizer is None else tokenizer.eos_id
     with jax.set_mesh(_mesh(cfg)), _fresh("output") as output, _fresh("logits_npz") as logits_npz:
         if FLAGS.preset:
-            model = model_lib.init(cfg, FLAGS.seed, jnp.dtype(dtype))
+            model = model_lib.init(cfg, FLAGS.seed, jnp.dtype(dtype), fp8)
         else:
-            model = model_lib.load(weights, dtype)
+            model = model_lib.load(weights, dtype, fp8=fp8)
         if FLAGS.mode == "score":
             return run_score(model, requests, output, logits_npz)
         how = {"cache_dtype": FLAGS.cache_dtype, "cache_tokens": FLAGS.cache_tokens, "max_batch": FLAGS.max_batch}
@@ -126,6 +127,17 @@ def _mesh(cfg: ModelConfig) -> Mesh:
             f"--mesh: {expert} devices on the expert axis, expected a divisor of the model's {experts} routed experts"
         )
     return mesh
+
+
+def _dtypes(own: str) -> tuple[str, bool]:
+    """The dtype of weights and activations, `own` being the checkpoint's, and whether the layers' matrices are 8-bit floats."""
+    wanted = FLAGS.weights_dtype
+    if wanted == "fp8":
+        wanted = None
+    elif wanted and FLAGS.dtype not in (None, wanted):
+        raise InputError(f"--weights_dtype={wanted}: expected fp8, or what --dtype is, {FLAGS.dtype}")
+    # float16 overflows in this model; float32 holds the same values.
+    return FLAGS.dtype or wanted or ("float32" if own == "float16" else own), FLAGS.weights_dtype == "fp8"
 
 
 def _requests(tokenizer: Tokenizer | None, sampling: Sampling) -> list[Prompt]:

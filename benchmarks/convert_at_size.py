@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 from dsv2_jax.config import v2_lite
-from dsv2_jax.convert import INDEX, layout
+from dsv2_jax.hugging_face import INDEX, layout
 from dsv2_jax.tensor_files import DTYPES, create_tensors, read_tensors
 
 DIR = flags.DEFINE_string("dir", None, "Where to write; needs 3.3 GB a layer.", required=True)

@@ -68,7 +68,7 @@ def bench(engine: Engine, loads: Sequence[Load], output: IO[bytes] | None) -> No
             output.write((json.dumps(results[-1]) + "\n").encode())
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, weights {engine.model.embed.dtype}, {engine.describe()}"
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, weights {engine.model.weights_dtype}, {engine.describe()}"
     )
     console.print(table)
     for result in results:
@@ -95,6 +95,7 @@ def measure(engine: Engine, load: Load) -> dict[str, Any]:
         **load._asdict(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+        "weights_dtype": engine.model.weights_dtype,
         "cache_dtype": engine.cache_dtype,
         "cache_bytes_per_token": engine.bytes_per_token,
         "cache_tokens": engine.cache_tokens,

@@ -15,6 +15,7 @@ from flax import nnx
 from dsv2_jax import cache
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context
+from dsv2_jax.projections import project
 from dsv2_jax.rope import rotate, softmax_scale
 from pallas_kernels.latent_pages import LatentPages
 from pallas_kernels.mla_attention import mla_attention
@@ -73,7 +74,7 @@ class MLA(nnx.Module):
             the attention output [B, T, D] in x's dtype, and the pages with the tokens in them.
         """
         q_nope_BTNH, q_rope_BTNR = self._queries(x_BTD, ctx)
-        c_kv_BTC = rms_norm(jnp.einsum("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
+        c_kv_BTC = rms_norm(project("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
         k_rope_BTR = rotate(jnp.einsum("btd,dr->btr", x_BTD, self.w_kr), ctx.cos_BTJ, ctx.sin_BTJ)
         layers, scale = self.cfg.num_hidden_layers, softmax_scale(self.cfg)
         if pages is not None:
@@ -88,13 +89,13 @@ class MLA(nnx.Module):
             # Kernels know no mesh: each device attends over its own sequences.
             attend = jax.shard_map(functools.partial(mla_attention, scale=scale), out_specs=specs.heads_BTNV)
             o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
-        return jnp.einsum("btnv,nvd->btd", o_BTNV, self.w_o), pages
+        return project("btnv,nvd->btd", o_BTNV, self.w_o), pages
 
     def _queries(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
         if self.cfg.q_lora_rank is None:
-            q_BTNX = jnp.einsum("btd,dnx->btnx", x_BTD, self.w_q)
+            q_BTNX = project("btd,dnx->btnx", x_BTD, self.w_q)
         else:
-            c_q_BTQ = rms_norm(jnp.einsum("btd,dq->btq", x_BTD, self.w_dq), self.q_norm[...], LATENT_NORM_EPS)
-            q_BTNX = jnp.einsum("btq,qnx->btnx", c_q_BTQ, self.w_uq)
+            c_q_BTQ = rms_norm(project("btd,dq->btq", x_BTD, self.w_dq), self.q_norm[...], LATENT_NORM_EPS)
+            q_BTNX = project("btq,qnx->btnx", c_q_BTQ, self.w_uq)
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
         return q_nope_BTNH, rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)

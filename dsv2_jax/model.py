@@ -3,7 +3,7 @@
 h = embed[ids];  per layer h += MLA(norm(h)), h += FFN(norm(h));  logits = norm(h) w_head.
 
 Modules are plain pytrees of parameters: only `jax` transforms touch them, and nothing is mutated in a call. Layers of one kind
-are stacked on a leading axis and scanned. `convert.py` maps the names here to those of Hugging Face.
+are stacked on a leading axis and scanned. `hugging_face.py` maps the names here to Hugging Face's.
 Letters: L layers, B batch, T positions, D model, K experts a token, V vocabulary.
 """
 
@@ -18,8 +18,10 @@ from flax import nnx
 from dsv2_jax.cache import Cache, schedule
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context, Dropping
+from dsv2_jax.fp8 import FLOAT8
 from dsv2_jax.mla import MLA, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
+from dsv2_jax.projections import quantised
 from dsv2_jax.rope import cos_sin
 from dsv2_jax.weights import Weights, path_name
 from dsv2_jax.weights import load as weights_onto
@@ -62,15 +64,22 @@ def float32_exact(method: Callable) -> Callable:
 
 
 class Decoder(nnx.Module):
-    """The whole model. Parameters are drawn on the current mesh, in `dtype`; activations follow the parameters' dtype."""
+    """The whole model. Parameters are drawn on the current mesh, in `dtype`; activations follow the parameters' dtype.
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    `fp8`: the layers' matrices are 8-bit floats (see fp8.py), for inference; they are drawn a layer at a time.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, fp8: bool = False):
         self.cfg = cfg
         self.embed = init_normal(rngs, cfg, (cfg.vocab_size, cfg.hidden_size), dtype)
         for kind in ("dense", "moe"):
             if size := cfg.stack_size(kind):
                 keys = jax.random.split(rngs.params(), size)
-                setattr(self, kind, jax.vmap(lambda key, kind=kind: Layer(cfg, kind, nnx.Rngs(params=key), dtype))(keys))
+
+                def layer(key: jax.Array, kind: str = kind) -> Layer:
+                    return Layer(cfg, kind, nnx.Rngs(params=key), dtype)
+
+                setattr(self, kind, jax.lax.map(lambda key: quantised(layer(key)), keys) if fp8 else jax.vmap(layer)(keys))
         self.final_norm = nnx.Param(jnp.ones(cfg.hidden_size, dtype))
         self.w_head = init_normal(rngs, cfg, (cfg.hidden_size, cfg.vocab_size), dtype)
 
@@ -138,6 +147,11 @@ class Decoder(nnx.Module):
         """float32 logits [..., V] of normalised hidden states [..., D]."""
         return head_logits(hidden, self.w_head[...])
 
+    @property
+    def weights_dtype(self) -> str:
+        """fp8 where the layers' matrices are 8-bit floats, else the parameters' dtype."""
+        return "fp8" if any(leaf.dtype == FLOAT8 for leaf in jax.tree.leaves(self)) else str(self.embed.dtype)
+
     def _embed(self, tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, Context]:
         # Looked up in float32, so that its gradient is summed in float32: a frequent token's is a sum of hundreds.
         x_BTD = self.embed[...].astype(jnp.float32).at[tokens_BT].get(out_sharding=specs.activations_BTD).astype(self.embed.dtype)
@@ -152,27 +166,27 @@ def head_logits(hidden: jax.Array, w_head_DV: jax.Array) -> jax.Array:
     return einsum_float32("...d,dv->...v", hidden, w_head_DV)
 
 
-def draw(cfg: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Decoder:
+def draw(cfg: ModelConfig, key: jax.Array, dtype: jnp.dtype, fp8: bool = False) -> Decoder:
     """Random parameters."""
-    return Decoder(cfg, nnx.Rngs(params=key), dtype)
+    return Decoder(cfg, nnx.Rngs(params=key), dtype, fp8)
 
 
-def init(cfg: ModelConfig, seed: int, dtype: jnp.dtype) -> Decoder:
+def init(cfg: ModelConfig, seed: int, dtype: jnp.dtype, fp8: bool = False) -> Decoder:
     """Random parameters on the current mesh, each device making its own part."""
-    return jax.jit(functools.partial(draw, cfg, dtype=dtype))(jax.random.key(seed))
+    return jax.jit(functools.partial(draw, cfg, dtype=dtype, fp8=fp8))(jax.random.key(seed))
 
 
-def abstract(cfg: ModelConfig, dtype: jnp.dtype) -> Decoder:
+def abstract(cfg: ModelConfig, dtype: jnp.dtype, fp8: bool = False) -> Decoder:
     """Shapes, dtypes and shardings of the parameters on the current mesh, without the parameters."""
-    return jax.eval_shape(lambda: draw(cfg, jax.random.key(0), dtype))
+    return jax.eval_shape(lambda: draw(cfg, jax.random.key(0), dtype, fp8))
 
 
-def load(weights: Weights, dtype: str, cfg: ModelConfig | None = None) -> Decoder:
-    """The model of a checkpoint on the current mesh, cast to `dtype`; each device reads its own part.
+def load(weights: Weights, dtype: str, cfg: ModelConfig | None = None, fp8: bool = False) -> Decoder:
+    """The model of a checkpoint on the current mesh, in `dtype` or, with `fp8`, its matrices in 8 bits; each device reads its own part.
 
     `cfg` (default: the checkpoint's own) may differ in what is not a shape; InputError lists every parameter that does not fit.
     """
-    return weights_onto(weights, abstract(cfg or weights.config, jnp.dtype(dtype)))
+    return weights_onto(weights, abstract(cfg or weights.config, jnp.dtype(dtype), fp8))
 
 
 def parameters(model: Decoder) -> dict[str, Any]:

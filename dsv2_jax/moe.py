@@ -13,8 +13,8 @@ from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context, Dropping
 from dsv2_jax.fields import InputError
 from dsv2_jax.mla import init_normal
+from dsv2_jax.projections import project, project_experts
 from dsv2_jax.router import Routing, balance, expert_load, group_of, reach, route
-from pallas_kernels.grouped_mlp import grouped_mlp
 from sharding import dropping, specs
 from sharding.expert_parallel import routed_experts
 
@@ -30,9 +30,9 @@ class SwiGLU(nnx.Module):
         self.w_down = init_normal(rngs, cfg, (hidden, cfg.hidden_size), dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_gate)
-        up_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_up)
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.w_down)
+        gate_BTF = project("btd,df->btf", x_BTD, self.w_gate)
+        up_BTF = project("btd,df->btf", x_BTD, self.w_up)
+        return project("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.w_down)
 
 
 class RoutedExperts(nnx.Module):
@@ -46,8 +46,7 @@ class RoutedExperts(nnx.Module):
 
     def __call__(self, rows_MD: jax.Array, weight_M: jax.Array, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         """weight * expert(row) of rows in expert order."""
-        weights = self.w_gate[...], self.w_up[...], self.w_down[...]
-        return grouped_mlp(rows_MD, weight_M, *weights, group_sizes_E, row_unit)
+        return project_experts(rows_MD, weight_M, (self.w_gate, self.w_up, self.w_down), group_sizes_E, row_unit)
 
 
 class DeepSeekMoE(nnx.Module):

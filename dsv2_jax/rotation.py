@@ -12,6 +12,7 @@ from flax import nnx
 
 from dsv2_jax.mla import MLA
 from dsv2_jax.model import Decoder
+from dsv2_jax.projections import exact
 from pallas_kernels.latent_pages import rotate
 
 
@@ -35,9 +36,8 @@ def _weights(attn: MLA) -> dict[str, jax.Array]:
         w_LNXC = jnp.moveaxis(w_LCNX.astype(jnp.float32), 1, -1) * gain_LC[:, None, None]
         return jnp.moveaxis(rotate(w_LNXC), -1, 1).astype(w_LCNX.dtype)
 
-    w_LDC = attn.w_dkv[...]
     return {
-        "w_dkv": rotate(w_LDC.astype(jnp.float32)).astype(w_LDC.dtype),
+        "w_dkv": rotate(exact(attn.w_dkv)).astype(attn.w_kr.dtype),  # 8 bits become what its neighbour is of
         "kv_norm": jnp.ones_like(attn.kv_norm[...]),
         "w_uk": after(attn.w_uk[...]),
         "w_uv": after(attn.w_uv[...]),

@@ -2,14 +2,19 @@
 
 A native directory holds `native.json` (format, configuration, shapes and dtypes), one safetensors file a parameter named by its
 path (`moe.attn.w_dkv.safetensors`), layers and experts stacked, and the small files beside: config.json, tokenizer, licence.
+Parameters of 8-bit floats have their scales beside them, see fp8.py.
 """
 
 import contextlib
+import dataclasses
 import fcntl
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
+from dsv2_jax.fp8 import BLOCK, FLOAT8, SCALES, Fp8Matrix, as_matrix, blocks_of, dequantise, input_axes, quantise
 from dsv2_jax.tensor_files import copy, create_tensors, read_json, read_tensors
 
 FORMAT = 1
@@ -29,7 +35,7 @@ class Weights(Protocol):
     """A checkpoint, opened: parameters by path, read slice by slice."""
 
     config: ModelConfig
-    dtype: str  # of most of its elements: bfloat16, float16 or float32
+    dtype: str  # of most of its elements: bfloat16 (which 8 bits stand for), float16 or float32
     directory: Path  # holds the tokenizer and other small files
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -61,11 +67,16 @@ class NativeWeights:
             if set(tensors) != {path} or _describe(tensors[path].shape, tensors[path].dtype) != stated:
                 held = {name: _describe(x.shape, x.dtype) for name, x in tensors.items()}
                 raise InputError(f"{file}: holds {held}, {MANIFEST} says {path}: {stated}")
-            if tensors[path].dtype.name not in ("bfloat16", "float16", "float32"):
-                raise InputError(f"{file}: {path} is {tensors[path].dtype}, expected bfloat16, float16 or float32")
+            if tensors[path].dtype.name not in ("bfloat16", "float16", "float32", FLOAT8.name):
+                expected = f"bfloat16, float16, float32 or {FLOAT8}"
+                raise InputError(f"{file}: {path} is {tensors[path].dtype}, expected {expected}")
             self._arrays[path] = tensors[path]
         if not self._arrays:
             raise InputError(f"{self.directory}/{MANIFEST}: parameters is empty, expected at least one")
+        quantised = {path + SCALES for path, array in self._arrays.items() if array.dtype == FLOAT8}
+        scales = {path for path in self._arrays if path.endswith(SCALES)}
+        problems = {"missing": quantised - scales, "unexpected": scales - quantised}
+        refuse_mismatch(f"{self.directory}/{MANIFEST}: the scales are not those of what is {FLOAT8}", problems)
         self.shapes = {path: (array.shape, array.dtype) for path, array in self._arrays.items()}
         self.dtype = main_dtype(self.shapes)
 
@@ -95,7 +106,8 @@ def load(weights: Weights, abstract: Any) -> Any:
 
     Args:
         abstract: a pytree of `jax.ShapeDtypeStruct`, as `jax.eval_shape` makes it; key paths are the parameters' names. A
-            leaf is cast to its dtype and placed by its sharding (on the current mesh if that is abstract).
+            leaf is cast to its dtype and placed by its sharding (on the current mesh if that is abstract). Where it is an
+            `Fp8Matrix`, the checkpoint's own 8 bits are taken, or those that a matrix of other floats is quantised to as it comes.
 
     Returns:
         The same pytree with arrays.
@@ -103,9 +115,9 @@ def load(weights: Weights, abstract: Any) -> Any:
     Raises:
         InputError: parameters are missing, unexpected or of another shape; all are listed.
     """
-    leaves, tree = jax.tree.flatten_with_path(abstract)
+    leaves, tree = jax.tree.flatten_with_path(abstract, is_leaf=lambda node: isinstance(node, Fp8Matrix))
     wanted = {path_name(key): leaf for key, leaf in leaves}
-    shapes = {path: shape for path, (shape, _) in weights.shapes.items()}
+    shapes = {path: shape for path, (shape, _) in weights.shapes.items() if not path.endswith(SCALES)}
     refuse_mismatch(
         f"{weights.directory}: the checkpoint does not match the model",
         {
@@ -118,32 +130,112 @@ def load(weights: Weights, abstract: Any) -> Any:
             ],
         },
     )
-    return tree.unflatten([_place(weights, path, leaf) for path, leaf in wanted.items()])
+    placed = [(_place_fp8 if isinstance(leaf, Fp8Matrix) else _place)(weights, path, leaf) for path, leaf in wanted.items()]
+    return tree.unflatten(placed)
 
 
 def _place(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
-        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
     parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if str(index) not in parts:
-            parts[str(index)] = _cast(weights, path, index, leaf.dtype)
+            parts[str(index)] = read_as(leaf.dtype, weights, path, index)
         return parts[str(index)]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, _sharding(leaf), part, dtype=leaf.dtype)
 
 
-def _cast(weights: Weights, path: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    shape = [len(range(n)[i]) for n, i in zip(weights.shapes[path][0], index)]
-    array = np.empty(shape, dtype)
-    if stacked_axes(path) == 0:
-        copy(array, weights.read(path, index))
-    else:
-        for row, layer in enumerate(range(weights.shapes[path][0][0])[index[0]]):
-            copy(array[row], weights.read(path, (layer, *index[1:])))
+def _place_fp8(weights: Weights, path: str, leaf: Fp8Matrix) -> Fp8Matrix:
+    """Values and scales are cut alike, layers and experts apart and no matrix: what is read for one holds the other."""
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def part(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
+        stack = index[: stacked_axes(path)]
+        if str(stack) not in parts:
+            parts[str(stack)] = _read_blocks(weights, path, leaf, stack)
+        return parts[str(stack)]
+
+    def place(which: int, array: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, _sharding(array), lambda index: part(index)[which], dtype=array.dtype)
+
+    return dataclasses.replace(leaf, values=place(0, leaf.values), scales=place(1, leaf.scales))
+
+
+def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return sharding
+
+
+def read_as(dtype: np.dtype, weights: Weights, path: str, index: tuple[slice, ...]) -> np.ndarray:
+    """`parameter[index]` in `dtype`, an index for each axis: cast, or what its 8 bits stand for, rounded once."""
+    shape, stored = weights.shapes[path]
+    depth, inputs = stacked_axes(path), input_axes(path.rpartition(".")[2])
+    inner = index[depth:]
+    array = np.empty([len(range(n)[i]) for n, i in zip(shape, index)], dtype)
+
+    def numbers(axes: slice) -> np.ndarray:
+        sizes = shape[depth:][axes]
+        return np.arange(math.prod(sizes)).reshape(sizes)[inner[axes]].reshape(-1)
+
+    def read(place: tuple[int, ...], at: tuple[int, ...]) -> None:
+        part = weights.read(path, (*at, *inner))
+        if stored != FLOAT8:
+            copy(array[(*place, ...)], part)
+            return
+        column_K, row_F = numbers(slice(inputs)), numbers(slice(inputs, None))
+        scales_HG = weights.read(path + SCALES, at)
+        row_F = row_F if len(scales_HG) == math.prod(shape[depth + inputs :]) else row_F // BLOCK
+        dequantise(as_matrix(part, inputs), scales_HG, row_F, column_K // BLOCK, as_matrix(array[place], inputs))
+
+    _for_each(shape[:depth], index[:depth], read)
     return array
+
+
+def _read_blocks(weights: Weights, path: str, leaf: Fp8Matrix, index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales of the layers and experts of an index, in `leaf`'s layout."""
+    shape, stored = weights.shapes[path]
+    stack = [len(range(n)[i]) for n, i in zip(shape, index)]
+    matrix = math.prod(leaf.outputs), math.prod(leaf.inputs)
+    values = np.zeros((*stack, *leaf.values.shape[-2:]), leaf.values.dtype)
+    scales = np.empty((*stack, *leaf.scales.shape[-2:]), leaf.scales.dtype)
+    if stored == FLOAT8 and (held := weights.shapes[path + SCALES][0][-2:]) != blocks_of(matrix):
+        expected = f"{list(blocks_of(matrix))}, whole blocks of its own"
+        raise InputError(f"{weights.directory}: {path} has scales {list(held)} a matrix, expected {expected}")
+
+    def read(place: tuple[int, ...], at: tuple[int, ...]) -> None:
+        w_FK = as_matrix(weights.read(path, at), len(leaf.inputs))
+        if stored == FLOAT8:
+            copy(values[place][: matrix[0], : matrix[1]], w_FK)
+            scales[place] = weights.read(path + SCALES, at)
+        else:
+            quantise(w_FK, values[place], scales[place])
+
+    _for_each(shape[: len(index)], index, read)
+    return values, scales
+
+
+def _for_each(shape: tuple[int, ...], index: tuple[slice, ...], read: Callable[[tuple[int, ...], tuple[int, ...]], None]) -> None:
+    """Calls `read` with the place of each element of an index and with its number in the whole, several at a time."""
+    numbers = [range(n)[i] for n, i in zip(shape, index)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(read, np.ndindex(*map(len, numbers)), itertools.product(*numbers)))
+
+
+class PlainWeights:
+    """Weights as if they were stored in `dtype`, all of them."""
+
+    def __init__(self, weights: Weights, dtype: str) -> None:
+        self.config, self.directory, self.dtype, self._weights = weights.config, weights.directory, dtype, weights
+        names = [path for path in weights.shapes if not path.endswith(SCALES)]
+        self.shapes = {path: (weights.shapes[path][0], np.dtype(dtype)) for path in names}
+
+    def read(self, path: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
+        shape, dtype = self.shapes[path]
+        index = (*index, *[slice(None)] * (len(shape) - len(index)))
+        whole = tuple(i if isinstance(i, slice) else slice(range(n)[i], range(n)[i] + 1) for i, n in zip(index, shape))
+        return read_as(dtype, self._weights, path, whole)[tuple(slice(None) if isinstance(i, slice) else 0 for i in index)]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -157,10 +249,12 @@ def stacked_axes(path: str) -> int:
 
 
 def main_dtype(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:
-    """The dtype of most elements."""
+    """The dtype of most elements, 8 bits counting as bfloat16."""
     sizes: dict[str, int] = {}
-    for shape, dtype in shapes.values():
-        sizes[dtype.name] = sizes.get(dtype.name, 0) + int(np.prod(shape, dtype=object))
+    for path, (shape, dtype) in shapes.items():
+        if not path.endswith(SCALES):
+            name = "bfloat16" if dtype == FLOAT8 else dtype.name
+            sizes[name] = sizes.get(name, 0) + math.prod(shape)
     return max(sizes, key=sizes.__getitem__)
 
 

@@ -8,7 +8,9 @@ of it the operands' own rounding; from the exact product of the 8-bit operands b
 Letters: M rows, K and F matmul dims, E experts, G and H blocks of 128 columns in K and F, U rows of a block.
 """
 
-from typing import NamedTuple
+import functools
+import math
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,9 @@ from pallas_kernels import grouped_matmul_fp8_hopper, quantise_rows_hopper
 from pallas_kernels.dispatch import choose
 
 BLOCK = 128  # columns under one scale
-LEAST = 1e-12  # no scale is zero
+LEAST = 1e-12  # of the activations' magnitudes: no scale is zero
 LARGEST = float(jnp.finfo(jnp.float8_e4m3fn).max)  # 448
+NOTHING = 2.0**-100  # a block of weights below it is one of zeros
 
 
 class Fp8Weights(NamedTuple):
@@ -37,14 +40,20 @@ class Fp8Rows(NamedTuple):
 
 
 def quantise_weights(w_EKF: jax.Array) -> Fp8Weights:
-    """Expert matrices [E, K, F] of any float dtype in blocks of 128 x 128.
+    """Expert matrices [E, K, F] of any float dtype in blocks of 128 x 128, whose largest magnitude becomes 448.
+
+    A scale keeps 21 bits, so that 448 times it is a float32: what the result stands for gives the same result again. Of a block
+    of zeros it is 1.
 
     Raises: ValueError, if K or F is no multiple of 128.
     """
     blocks_EGKHF = _split(_split(w_EKF, 2, "F"), 1, "K").astype(jnp.float32)
-    scales_EGH = jnp.maximum(jnp.abs(blocks_EGKHF).max(axis=(2, 4)), LEAST) / LARGEST
-    values_EGKHF = (blocks_EGKHF / scales_EGH[:, :, None, :, None]).astype(jnp.float8_e4m3fn)
-    return Fp8Weights(values_EGKHF.reshape(w_EKF.shape).swapaxes(1, 2), scales_EGH.swapaxes(1, 2))
+    largest_EGH = jnp.abs(blocks_EGKHF).max(axis=(2, 4))
+    bits_EGH = lax.bitcast_convert_type(largest_EGH * (1 / LARGEST), jnp.uint32)
+    scales_EGH = jnp.where(largest_EGH < NOTHING, 1.0, lax.bitcast_convert_type(bits_EGH + 4 & ~jnp.uint32(7), jnp.float32))
+    scales_EKF = jnp.repeat(jnp.repeat(scales_EGH, BLOCK, axis=1), BLOCK, axis=2)
+    values_EKF = (w_EKF.astype(jnp.float32) / scales_EKF).astype(jnp.float8_e4m3fn)
+    return Fp8Weights(values_EKF.swapaxes(1, 2), scales_EGH.swapaxes(1, 2))
 
 
 def quantise_rows(x_MK: jax.Array, implementation: str | None = None) -> Fp8Rows:
@@ -89,6 +98,34 @@ def grouped_matmul_fp8(x, w: Fp8Weights, group_sizes_E, row_unit: int, implement
     if choose(implementation, unsupported) == "pallas":
         return grouped_matmul_fp8_hopper.matmul(x, w, group_sizes_E, row_unit)
     return _by_blocks(x, w, group_sizes_E, row_unit)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames="implementation")
+def matmul_fp8(x, w: Fp8Weights, implementation: str | None = None) -> jax.Array:
+    """Rows [..., K] of any float dtype times one matrix, values [F, K], in x's dtype: quantised as above, rounded to bfloat16.
+
+    K and F of `w` are multiples of 128; x may have fewer columns, those of zeros at w's end.
+
+    Raises: ValueError, as `grouped_matmul_fp8`; TypeError, if it is differentiated.
+    """
+    x_MK = whole_blocks(x.reshape(-1, x.shape[-1]), w.values_EFK.shape[-1])
+    sizes_E = lax.full((1,), x_MK.shape[0], jnp.int32)
+    rows = quantise_rows(x_MK, implementation)
+    out_MF = grouped_matmul_fp8(rows, Fp8Weights(*(a[None] for a in w)), sizes_E, quantise_rows_hopper.ROWS, implementation)
+    return out_MF[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def whole_blocks(x_MK: jax.Array, columns: int, row_unit: int = 1) -> jax.Array:
+    """`x` with rows of zeros below, as the quantising kernel and `row_unit` want them, and `columns` columns."""
+    unit = math.lcm(row_unit, quantise_rows_hopper.ROWS)
+    return jnp.pad(x_MK, ((0, -x_MK.shape[0] % unit), (0, columns - x_MK.shape[1])))
+
+
+def no_gradient(*_) -> NoReturn:
+    raise TypeError("8-bit weights are for inference: what they are multiplied with has no gradient")
+
+
+matmul_fp8.defvjp(lambda x, w, implementation: (matmul_fp8(x, w, implementation), None), no_gradient)
 
 
 def _split(x: jax.Array, axis: int, name: str) -> jax.Array:

@@ -16,6 +16,8 @@ and of that the useful products are 60%; V2's experts also pad their 307 rows to
 Letters: M rows, K and F matmul dims, E experts, G and H blocks of 128 columns in K and F. Kernel-side names: x rows, w weights.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,6 +34,7 @@ STAGES = 3
 SLOTS = 4  # blocks of 64 x 64 that a consumer can be storing: all of its tile
 
 
+@functools.partial(jax.jit, static_argnames="row_unit")  # a model's many products of a few shapes: each is lowered once
 def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     """The grouped product of Fp8Rows and Fp8Weights in bfloat16, [M, F]. Rows of no group do not matter and are not written."""
     (rows, depth), (experts, columns, _) = x.values_MK.shape, w.values_EFK.shape
@@ -157,6 +160,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
+        kernel_name="grouped_matmul_fp8",
         scratch_types=[
             plgpu.SMEM((STAGES, ROWS, STEP), e4m3, transforms=swizzled(e4m3)),
             plgpu.SMEM((STAGES, ROWS), f32),

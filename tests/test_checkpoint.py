@@ -160,6 +160,9 @@ def test_exported_and_loaded_again(tmp_path):
     for path, array in state.items():
         assert np.array_equal(exported[path], array.astype("bfloat16").astype("float32")), path
         assert np.array_equal(exported[path], direct[path]), path
+    run, hf = (model.load(convert.open_checkpoint(tmp_path / name), "bfloat16", fp8=True) for name in ("run", "hf"))
+    for (path, one), other in zip(model.parameters(run).items(), model.parameters(hf).values(), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), path
 
 
 def test_no_checkpoint_or_another_programs_is_told(tmp_path):

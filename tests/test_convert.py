@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -18,8 +19,10 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from dsv2_jax.config import PRESETS, ModelConfig, Yarn, tiny
-from dsv2_jax.convert import convert, hf_config, layout, open_checkpoint
+from dsv2_jax.convert import convert, hf_config, open_checkpoint
 from dsv2_jax.fields import InputError
+from dsv2_jax.fp8 import FLOAT8, blocks_of, quantise
+from dsv2_jax.hugging_face import layout
 from dsv2_jax.tensor_files import copy
 from dsv2_jax.weights import new_directory
 
@@ -142,15 +145,15 @@ def read_back(directory):
     return tensors
 
 
-CODES = {np.dtype(BF16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+CODES = {np.dtype(BF16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32", FLOAT8: "F8_E4M3"}
 
 
 def stored(tensors):
     return {name: (CODES[tensor.dtype], tensor.shape, tensor.tobytes()) for name, tensor in tensors.items()}
 
 
-def there_and_back(source, tmp_path):
-    convert(source, tmp_path / "native", "native")
+def there_and_back(source, tmp_path, weights_dtype=None):
+    convert(source, tmp_path / "native", "native", weights_dtype)
     convert(tmp_path / "native", tmp_path / "hf", "hf")
     assert not list(tmp_path.glob("*.partial"))
     return read_back(tmp_path / "hf")
@@ -267,34 +270,73 @@ def test_only_the_stack_that_mixes_is_widened(tmp_path):
 
 # -- float8
 
+QUANTISED = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+# 128 divides no width, and the parts of kv_a_proj and kv_b_proj begin within blocks; or all that the published models' does.
+UNEVEN = dataclasses.replace(FAMILIES["v2"], hidden_size=130, kv_lora_rank=140, moe_intermediate_size=134, intermediate_size=300)
+EVEN = dataclasses.replace(
+    UNEVEN,
+    kv_lora_rank=256,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    moe_intermediate_size=128,
+    n_routed_experts=3,
+)
 
-def quantised(tensor, rng, block=128):
+
+def is_linear(name):
+    return "_proj" in name
+
+
+def in_8_bits(tensor, rng):
     """(float8 tensor, scales) with random contents, blocks over the last two axes."""
     q = rng.integers(0, 256, tensor.shape, dtype=np.uint8)
     q[(q & 0x7F) == 0x7F] = 0  # the NaN patterns
-    grid = (*tensor.shape[:-2], *(-(-n // block) for n in tensor.shape[-2:]))
-    return q.view(ml_dtypes.float8_e4m3fn), rng.uniform(0.001, 0.1, grid).astype(np.float32)
+    grid = (*tensor.shape[:-2], *(-(-n // 128) for n in tensor.shape[-2:]))
+    return q.view(FLOAT8), rng.uniform(0.001, 0.1, grid).astype(np.float32)
+
+
+def float8_tensors(tensors):
+    """The same with all linears of the layers, but the router, in 8 bits."""
+    rng, result = np.random.default_rng(0), {}
+    for name, tensor in tensors.items():
+        result[name] = tensor
+        if is_linear(name):
+            result[name], result[f"{name}_scale_inv"] = in_8_bits(tensor, rng)
+    return result
+
+
+def plain(values, scales):
+    """float32 of 8 bits, written out."""
+    rows, columns = values.shape[-2:]
+    return values.astype(np.float32) * scales.repeat(128, -2)[..., :rows, :].repeat(128, -1)[..., :columns]
+
+
+def dequantised(tensors, dtype):
+    names = [name for name in tensors if not name.endswith("_scale_inv")]
+    return {
+        n: plain(t, tensors[f"{n}_scale_inv"]).astype(dtype) if is_linear(n) else t for n, t in ((n, tensors[n]) for n in names)
+    }
+
+
+@pytest.mark.parametrize("cfg", [UNEVEN, EVEN, dataclasses.replace(EVEN, q_lora_rank=None)], ids=["uneven", "even", "lite"])
+def test_float8_there_and_back_is_byte_identical(tmp_path, cfg):
+    tensors = float8_tensors(random_tensors(cfg))
+    config = {"quantization_config": QUANTISED | {"modules_to_not_convert": ["lm_head"], "some_future_field": 1}}
+    source = write(tmp_path / "source", cfg, tensors, **config)
+    assert there_and_back(source, tmp_path) == stored(tensors)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    convert(source, tmp_path / "again", "hf", "fp8")  # nothing is left to quantise
+    assert read_back(tmp_path / "again") == stored(tensors)
 
 
 @pytest.mark.parametrize("stack", [False, True])
-def test_float8_blocks_equal_a_plain_dequantisation(tmp_path, stack):
-    cfg = dataclasses.replace(FAMILIES["v2"], hidden_size=130, kv_lora_rank=140, moe_intermediate_size=134, intermediate_size=300)
-    rng = np.random.default_rng(0)
-    tensors = stacked(random_tensors(cfg), [1, 2]) if stack else random_tensors(cfg)
-    expected = {}
-    for name, tensor in list(tensors.items()):
-        if (
-            "layernorm" in name
-            or "norm" in name
-            or "embed" in name
-            or name in ("lm_head.weight",)
-            or name.endswith("mlp.gate.weight")
-        ):
-            expected[name] = tensor
-            continue
-        tensors[name], tensors[f"{name}_scale_inv"] = q, scale = quantised(tensor, rng)
-        wide = scale.repeat(128, -2)[..., : q.shape[-2], :].repeat(128, -1)[..., : q.shape[-1]]
-        expected[name] = (q.astype(np.float32) * wide).astype(BF16)
+@pytest.mark.parametrize("dtype", [BF16, np.float32])
+def test_float8_blocks_equal_a_plain_dequantisation(tmp_path, stack, dtype):
+    tensors = random_tensors(UNEVEN, dtype, finite=True)
+    tensors = float8_tensors(stacked(tensors, [1, 2]) if stack else tensors)
+    source = write(tmp_path / "source", UNEVEN, tensors, shards=5, quantization_config=QUANTISED)
+    expected = dequantised(tensors, dtype)
     if stack:
         for layer in (1, 2):
             at = f"model.layers.{layer}.mlp.experts"
@@ -302,45 +344,124 @@ def test_float8_blocks_equal_a_plain_dequantisation(tmp_path, stack):
             for e in range(4):
                 expected[f"{at}.{e}.gate_proj.weight"], expected[f"{at}.{e}.up_proj.weight"] = np.split(gate_up[e], 2)
                 expected[f"{at}.{e}.down_proj.weight"] = down[e]
-    config = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
-    source = write(tmp_path / "source", cfg, tensors, shards=5, **config)
-    assert there_and_back(source, tmp_path) == stored(expected)
+    assert there_and_back(source, tmp_path, np.dtype(dtype).name) == stored(expected)
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
-    convert(source, tmp_path / "direct", "hf")
+    convert(source, tmp_path / "kept", "native")  # 8 bits stay, and stand for the same
+    convert(tmp_path / "kept", tmp_path / "direct", "hf", np.dtype(dtype).name)
     assert read_back(tmp_path / "direct") == stored(expected)
+
+
+def test_stacked_experts_of_8_bits_come_back_one_by_one(tmp_path):
+    tensors = float8_tensors(stacked(random_tensors(EVEN), [2]))
+    expected = dict(tensors)
+    at = "model.layers.2.mlp.experts"
+    for suffix, (name, halves) in itertools.product(("", "_scale_inv"), {"gate_up": 2, "down": 1}.items()):
+        experts = expected.pop(f"{at}.{name}_proj{suffix}")
+        for e, expert in enumerate(experts):
+            for side, half in zip(name.split("_"), np.split(expert, halves)):
+                expected[f"{at}.{e}.{side}_proj.weight{suffix}"] = half
+    source = write(tmp_path / "source", EVEN, tensors, quantization_config=QUANTISED)
+    assert there_and_back(source, tmp_path) == stored(expected)
+
+    uneven = float8_tensors(stacked(random_tensors(UNEVEN), [2]))
+    source = write(tmp_path / "uneven", UNEVEN, uneven, quantization_config=QUANTISED)
+    with pytest.raises(InputError, match=r"w_up has several scales in a block of model.*up_proj.weight, expected one"):
+        convert(source, tmp_path / "direct", "hf")
+
+
+@pytest.mark.parametrize("cfg", [UNEVEN, EVEN], ids=["uneven", "even"])
+def test_convert_quantises_every_tensor_by_itself(tmp_path, cfg):
+    tensors = random_tensors(cfg, finite=True)
+    source, expected = write(tmp_path / "source", cfg, tensors), dict(tensors)
+    for name in filter(is_linear, tensors):
+        values, scales = np.empty(tensors[name].shape, FLOAT8), np.empty(blocks_of(tensors[name].shape), np.float32)
+        quantise(tensors[name], values, scales)
+        expected[name], expected[f"{name}_scale_inv"] = values, scales
+    assert there_and_back(source, tmp_path, "fp8") == stored(expected)
+    convert(source, tmp_path / "direct", "hf", "fp8")
+    assert read_back(tmp_path / "direct") == stored(expected)
+    written = json.loads((tmp_path / "direct" / "config.json").read_text())
+    kept = written["quantization_config"].pop("modules_to_not_convert")
+    assert written["quantization_config"] == QUANTISED and written["torch_dtype"] == "bfloat16"
+    assert set(kept) == {"lm_head", "model.layers.1.mlp.gate", "model.layers.2.mlp.gate"}
+
+
+def test_a_stack_of_8_bits_and_others_is_read_and_not_copied(tmp_path):
+    cfg = FAMILIES["lite"]
+    tensors = random_tensors(cfg, finite=True)
+    name = "model.layers.2.self_attn.o_proj.weight"
+    tensors[name], tensors[f"{name}_scale_inv"] = in_8_bits(tensors[name], np.random.default_rng(0))
+    source = write(tmp_path / "source", cfg, tensors, quantization_config=QUANTISED)
+    w_o = plain(tensors[name], tensors[f"{name}_scale_inv"]).astype(BF16).T.reshape(2, 5, 24)
+    assert open_checkpoint(source).read("moe.attn.w_o", (1,)).tobytes() == w_o.tobytes()
+    with pytest.raises(InputError, match=f"{name} is float8_e4m3fn and the same tensor of another layer or expert is not"):
+        convert(source, tmp_path / "out", "hf")
+    convert(source, tmp_path / "out", "hf", "bfloat16")
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
-        (None, "wrong dtype: .*kv_b_proj.weight is float8_e4m3fn, expected bfloat16 or float16 or float32"),
-        ({"quant_method": "fp8"}, "quantization_config.weight_block_size is None"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size is \[128, 0\]"),
+        (None, "wrong dtype: .*kv_b_proj.weight is float8_e4m3fn, expected bfloat16 or float16 or float32$"),
+        (QUANTISED | {"weight_block_size": None}, r"weight_block_size is None, expected \[128, 128\]"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, r"weight_block_size is None, expected \[128, 128\]"),
+        (QUANTISED | {"weight_block_size": [64, 128]}, r"weight_block_size is \[64, 128\], expected \[128, 128\]"),
+        (QUANTISED | {"activation_scheme": "static"}, "activation_scheme is 'static', expected 'dynamic'"),
+        (QUANTISED | {"fmt": "e5m2"}, "fmt is 'e5m2', expected 'e4m3'"),
         ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq', expected 'fp8'"),
-        (
-            {"quant_method": "fp8", "weight_block_size": [4, 4]},
-            r"wrong shape: .*kv_b_proj.weight_scale_inv is \[1, 1\], expected \[6, 3\]",
-        ),
+        ("fp8", "quantization_config is 'fp8', expected an object or null"),
     ],
 )
 def test_other_quantisations_are_refused(tmp_path, config, message):
     cfg = FAMILIES["lite"]
     tensors = random_tensors(cfg)
     name = "model.layers.0.self_attn.kv_b_proj.weight"
-    tensors[name], tensors[f"{name}_scale_inv"] = quantised(tensors[name], np.random.default_rng(0))
+    tensors[name], tensors[f"{name}_scale_inv"] = in_8_bits(tensors[name], np.random.default_rng(0))
     source = write(tmp_path / "source", cfg, tensors, **{} if config is None else {"quantization_config": config})
     with pytest.raises(InputError, match=message):
         open_checkpoint(source)
 
 
-def test_float8_without_its_scale_is_missing_it(tmp_path):
+KV_B = "model.layers.0.self_attn.kv_b_proj.weight"
+BAD_FLOAT8 = {
+    "no scale": (lambda t: t.pop(f"{KV_B}_scale_inv"), f"missing: {KV_B}_scale_inv"),
+    "one scale": (
+        lambda t: t.update({f"{KV_B}_scale_inv": np.ones((), np.float32)}),
+        f"wrong shape: {KV_B}_scale_inv is \\[\\], expected \\[1, 1\\]",
+    ),
+    "another name": (
+        lambda t: rename(t, f"{KV_B}_scale_inv", f"{KV_B}_scale"),
+        f"missing: {KV_B}_scale_inv; unexpected: {KV_B}_scale",
+    ),
+    "scale of bfloat16": (
+        lambda t: t.update({f"{KV_B}_scale_inv": np.ones((1, 1), BF16)}),
+        f"wrong dtype: {KV_B}_scale_inv is bfloat16, expected float32",
+    ),
+    "e5m2": (
+        lambda t: t.update({KV_B: t[KV_B].view(ml_dtypes.float8_e5m2)}),
+        f"wrong dtype: {KV_B} is float8_e5m2, expected bfloat16 or float16 or float32 or float8_e4m3fn",
+    ),
+    "embedding": (
+        lambda t: t.update({"model.embed_tokens.weight": np.zeros((48, 24), FLOAT8)}),
+        "wrong dtype: model.embed_tokens.weight is float8_e4m3fn, expected bfloat16 or float16 or float32$",
+    ),
+    "static activations": (
+        lambda t: t.update({f"{KV_B.removesuffix('weight')}input_scale": np.ones((), np.float32)}),
+        "unexpected: .*kv_b_proj.input_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLOAT8)
+def test_bad_float8_tensors_are_named(tmp_path, case):
+    spoil, message = BAD_FLOAT8[case]
     cfg = FAMILIES["lite"]
     tensors = random_tensors(cfg)
-    name = "model.layers.0.self_attn.kv_b_proj.weight"
-    tensors[name], _ = quantised(tensors[name], np.random.default_rng(0))
-    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    with pytest.raises(InputError, match=f"missing: {name}_scale_inv"):
-        open_checkpoint(write(tmp_path / "source", cfg, tensors, **config))
+    tensors[KV_B], tensors[f"{KV_B}_scale_inv"] = in_8_bits(tensors[KV_B], np.random.default_rng(0))
+    spoil(tensors)
+    with pytest.raises(InputError, match=message) as error:
+        open_checkpoint(write(tmp_path / "source", cfg, tensors, quantization_config=QUANTISED))
+    assert "\n" not in str(error.value)
 
 
 # -- config.json
@@ -659,6 +780,7 @@ def test_the_command(tmp_path):
     for flags, message in (
         ([f"--input={source}", f"--output={tmp_path / 'native'}", "--to=hf"], "native: exists already"),
         ([f"--input={source}", f"--output={tmp_path / 'x'}", "--to=gguf"], "--to"),
+        ([f"--input={source}", f"--output={tmp_path / 'x'}", "--to=hf", "--weights_dtype=int8"], "--weights_dtype"),
         ([f"--input={source}", "--to=hf"], "--output"),
     ):
         process = start(*flags)

@@ -9,8 +9,16 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, grouped_matmul_fp8_hopper, quantise_rows_hopper, tickets
-from pallas_kernels.grouped_matmul_fp8 import Fp8Rows, Fp8Weights, grouped_matmul_fp8, quantise_rows, quantise_weights
-from tests.kernel_cases import Fp8GroupedMatmulCases
+from pallas_kernels.grouped_matmul_fp8 import (
+    Fp8Rows,
+    Fp8Weights,
+    grouped_matmul_fp8,
+    matmul_fp8,
+    quantise_rows,
+    quantise_weights,
+)
+from pallas_kernels.grouped_mlp_fp8 import grouped_mlp_fp8
+from tests.kernel_cases import Fp8GroupedMatmulCases, close
 
 E4M3 = jnp.float8_e4m3fn
 
@@ -48,6 +56,25 @@ class TestInterpreter(Fp8GroupedMatmulCases):
     matmul = staticmethod(functools.partial(grouped_matmul_fp8, implementation="pallas"))
     SIZES, UNITS = ((70, 0, 200, 9),), (8,)
 
+    def test_one_matrix(self):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 100)), jnp.bfloat16)
+        w = quantise_weights(jnp.asarray(np.random.default_rng(1).normal(size=(1, 128, 256)), jnp.bfloat16))
+        got, wanted = (matmul_fp8(x, Fp8Weights(*(a[0] for a in w)), name) for name in ("pallas", "xla"))
+        assert got.shape == (2, 5, 256)
+        close(got, wanted, 2.5e-3)
+
+    def test_mlp(self, unit):
+        """Gate, up and down; rows are filled up to the quantising kernel's 64, columns to the weights'."""
+        rng = np.random.default_rng(0)
+        sizes = np.array([9, 0, 20])
+        of_group_M, used_M = self.group_rows(sizes, unit)
+        x_MD = jnp.asarray(np.where(of_group_M[:, None], rng.normal(size=(len(used_M), 100)), 0), jnp.bfloat16)
+        weight_M = jnp.asarray(np.where(of_group_M, rng.random(len(used_M)), 0), jnp.float32)
+        weights = [quantise_weights(jnp.asarray(rng.normal(size=(3, 128, 128)) / 8, jnp.bfloat16)) for _ in range(3)]
+        operands = x_MD, weight_M, *weights, jnp.asarray(sizes, jnp.int32), unit
+        got_MD, wanted_MD = (np.asarray(grouped_mlp_fp8(*operands, name), np.float32)[used_M] for name in ("pallas", "xla"))
+        assert np.median(np.linalg.norm(got_MD - wanted_MD, axis=1)) < 5e-3 * np.median(np.linalg.norm(wanted_MD, axis=1))
+
     @pytest.fixture(autouse=True)
     def interpreter(self, monkeypatch):
         def deal(_, slot, i):
@@ -57,8 +84,10 @@ class TestInterpreter(Fp8GroupedMatmulCases):
         monkeypatch.setattr(tickets, "new_counter", lambda: None)
         monkeypatch.setattr(tickets, "take_ticket", deal)
         monkeypatch.setattr(grouped_matmul_fp8_hopper, "SMS", 2)
+        jax.clear_caches()  # kernels are traced once a shape
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
             yield
+        jax.clear_caches()
 
 
 def test_rows_keep_three_bits_of_each_value():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import config, engine, model, tokenizer
+from dsv2_jax import config, engine, model, score, tokenizer
 from dsv2_jax.convert import open_checkpoint
 from dsv2_jax.engine import check_tokens
 from dsv2_jax.fields import InputError
@@ -79,6 +79,17 @@ def test_generate_answers_every_line_in_order_with_its_own_settings(checkpoint, 
     assert second["text"] == tok.decode(second["token_ids"])
     assert len(third["token_ids"]) == len(third["logprobs"]) <= 6
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_8_bit_weights(checkpoint, tmp_path):
+    m = model.load(open_checkpoint(checkpoint), "float32", fp8=True)
+    (wanted,) = score.score(m, [[5, 6, 7, 8]])
+    given = lines(tmp_path / "in.jsonl", {"token_ids": [5, 6, 7, 8]})
+    done = infer(checkpoint, "--weights_dtype=fp8", "--mode=score", f"--input={given}")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(json.loads(done.stdout)["logprobs"], wanted.logprobs, atol=1e-4)
+    done = infer(checkpoint, "--weights_dtype=float32", "--dtype=bfloat16", f"--input={given}")
+    assert done.returncode == 2 and done.stderr == "error: --weights_dtype=float32: expected fp8, or what --dtype is, bfloat16\n"
 
 
 def test_score_and_logits(checkpoint, loaded, tmp_path):

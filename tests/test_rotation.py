@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsv2_jax import config, model
 from dsv2_jax.engine import Engine, complete
+from dsv2_jax.projections import exact
 from dsv2_jax.rotation import rotated
 from dsv2_jax.sampling import Sampling
 from sharding.mesh import make_mesh
@@ -35,6 +37,17 @@ def test_the_rotated_model_is_the_same_function(m):
     assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
     changed = [name for name, leaf in model.parameters(turned).items() if leaf is not model.parameters(m)[name]]
     assert sorted({name.split(".")[-1] for name in changed}) == ["kv_norm", "w_dkv", "w_uk", "w_uv"]
+
+
+def test_8_bit_weights_are_turned_into_others():
+    m = model.init(CFG, 0, jnp.float32, fp8=True)
+    plain = model.init(CFG, 0, jnp.float32)
+    for kind in ("dense", "moe"):
+        getattr(plain, kind).attn.w_dkv = nnx.Param(exact(getattr(m, kind).attn.w_dkv))
+    wanted, got = (model.parameters(rotated(one)) for one in (plain, m))
+    for name in ("moe.attn.w_dkv", "dense.attn.w_dkv", "moe.attn.w_uk"):
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-6, atol=1e-6)
+    assert "moe.attn.w_o.values" in got
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int6"])

@@ -1,0 +1,50 @@
+"""A mixture's experts in 8-bit floats, for inference: `grouped_mlp` with 8-bit weights, activations quantised on the way.
+
+Rows are quantised once for gate and up, and the hidden values, which carry the row weights, again for down: as in grouped_mlp.py
+they are computed in float32, from products rounded to bfloat16. Letters: see reference.py; D model, F hidden.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul_fp8 import Fp8Weights, grouped_matmul_fp8, no_gradient, quantise_rows, whole_blocks
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("row_unit", "implementation"))
+def grouped_mlp_fp8(
+    x_MD,
+    weight_M,
+    w_gate: Fp8Weights,
+    w_up: Fp8Weights,
+    w_down: Fp8Weights,
+    group_sizes_E,
+    row_unit: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`reference.grouped_mlp` of the weights that values [E, F, D] and [E, D, F] stand for: [M, D] in x's dtype.
+
+    Both dimensions of the weights are multiples of 128, beyond what they hold zeros; x may have fewer columns than D, which then
+    come back.
+
+    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason; TypeError, if it is differentiated.
+    """
+    multiply = functools.partial(
+        grouped_matmul_fp8, group_sizes_E=group_sizes_E, row_unit=row_unit, implementation=implementation
+    )
+    rows, columns = x_MD.shape
+    x_MD = whole_blocks(x_MD, w_gate.values_EFK.shape[2], row_unit)
+    weight_M = jnp.pad(weight_M, (0, len(x_MD) - rows))
+    x = quantise_rows(x_MD, implementation)
+    gate_MF, up_MF = (multiply(x, w).astype(jnp.float32) for w in (w_gate, w_up))
+    hidden_MF = weight_M[:, None] * jax.nn.silu(gate_MF) * up_MF
+    out_MD = multiply(quantise_rows(hidden_MF.astype(x_MD.dtype), implementation), w_down)
+    return out_MD[:rows, :columns].astype(x_MD.dtype)
+
+
+def _forward(x_MD, weight_M, w_gate, w_up, w_down, group_sizes_E, row_unit, implementation):
+    return grouped_mlp_fp8(x_MD, weight_M, w_gate, w_up, w_down, group_sizes_E, row_unit, implementation), None
+
+
+grouped_mlp_fp8.defvjp(_forward, no_gradient)
