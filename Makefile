@@ -44,6 +44,8 @@ campaign: $(VENV)
 	$(PY) tests/campaign_resume.py
 	$(PY) tests/campaign_corruption.py 1000
 	$(PY) tests/campaign_signals.py 20
+	PYTHONPATH=. $(PY) tests/campaign_engine.py 10
+	PAGES_SEEDS=50 $(PY) -m pytest tests/test_pages.py
 	KILLS=10 FUZZ_CASES=20000 $(PY) -m pytest tests/test_convert.py tests/test_tensor_files.py -k "kill or accept_only"
 
 .venv/made: setup.py constraints.txt

@@ -130,7 +130,7 @@ class _Run(NamedTuple):
     seconds: float
     first: list[float]  # seconds to each request's first token
     steps: list[float]  # seconds of steps in which all requests decode
-    distinct: float | None  # experts a layer reads in such a step; None: there are none
+    distinct: float | None  # experts a layer reads in such a step, the mean over both; None: there are none
 
 
 def _run(engine: Engine, load: Load) -> _Run:
@@ -138,7 +138,7 @@ def _run(engine: Engine, load: Load) -> _Run:
     prompts = np.random.default_rng().integers(0, engine.cfg.vocab_size, (load.batch, load.prompt)).tolist()  # no prompt twice
     for prompt in prompts:
         engine.add_request(prompt, sampling)
-    first, steps, distinct = [], [], None
+    first, steps, used = [], [], []
     start = before = time.perf_counter()
     begun, prefilled = set(), -1
     while engine.busy:
@@ -149,9 +149,9 @@ def _run(engine: Engine, load: Load) -> _Run:
         # A step's tokens are those of the programs sent in the step before.
         if len(outputs) == load.batch and prefilled == engine.counters.prompt_tokens:
             steps.append(now - before)
-            distinct = engine.distinct_experts if distinct is None or len(steps) == load.new // 2 else distinct
+            used += [engine.used_experts] if engine.used_experts is not None else []
         before, prefilled = now, engine.counters.prompt_tokens
-    return _Run(time.perf_counter() - start, first, steps[1:], distinct)
+    return _Run(time.perf_counter() - start, first, steps[1:], float(np.mean(used)) if used else None)
 
 
 def _uniform(experts: int, each: int, tokens: int) -> float:

@@ -92,7 +92,9 @@ def decode(
 
     seat_B, positions_B, tokens_BT, positions_BT, slots_BT, table_BP = _local(unpack, rows_BX, state.tokens_S)
     cache = Cache(state.pages, slots_BT, table_BP)
-    hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=True)
+    # The kernel that multiplies 8-bit weights takes them where they lie.
+    copied = model.weights_dtype != "fp8"
+    hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=copied)
     used_L = (stats["load"] > 0).sum(axis=1) if stats else None
     return *_sampled(model, state._replace(pages=pages), hidden_B1D[:, 0], positions_B + 1, seat_B, how, top), used_L
 
@@ -250,7 +252,7 @@ class Engine:
         self._outputs: list[Output] = []  # read, and not yet given out
         self._rows: list[_Answer | None] = []  # of the last decode step, and what they ask
         self._rows_asked = _Asked(None, 0, False)
-        self._used: jax.Array | None = None  # experts that the last decode step uses, by MoE layer
+        self.used_experts: jax.Array | None = None  # how many the last decode step uses of each MoE layer's [L], on the device
         self._numbers = itertools.count()
         self.counters = Counters()
 
@@ -299,11 +301,6 @@ class Engine:
     def bytes_per_token(self) -> int:
         """Bytes of the cache for a token, in all layers."""
         return latent_cache.bytes_per_token(self.cfg, self.cache_dtype)
-
-    @property
-    def distinct_experts(self) -> float | None:
-        """How many experts of a layer the last decode step uses, the mean over MoE layers; None, if there are none."""
-        return None if self._used is None else float(np.mean(self._used))
 
     def describe(self) -> str:
         """What there is room for, in words."""
@@ -502,7 +499,7 @@ class Engine:
         answers = [answer for mine in by_device for answer in mine + [None] * (rows - len(mine))]
         if answers != self._rows:
             self._rows, self._rows_asked = answers, _Asked.by(answers)
-        (self._used,) = self._send(decode, place(rows_BX.reshape(-1, 2 + pages)), answers, self._rows_asked)
+        (self.used_experts,) = self._send(decode, place(rows_BX.reshape(-1, 2 + pages)), answers, self._rows_asked)
 
     def _send(self, program: Callable, operand: Any, answers: list[_Answer | None], asked: "_Asked") -> list[Any]:
         """Sends a program on its way, and returns what it returns beside state and samples."""

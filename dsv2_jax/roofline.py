@@ -23,6 +23,7 @@ class Gpu(NamedTuple):
     specified: float  # bytes/s of memory
     copy: float  # bytes/s of memory
     matmul: float = 725e12  # FLOP/s of one large bfloat16 product
+    matmul_fp8: float = 1486e12  # ... of one in 8 bits
     exchange: float = 322e9  # bytes/s a GPU sends over NVLink in an all_to_all
     gather: float = 289e9  # ... in an all_gather
     scatter: float = 264e9  # ... in a sum over devices
@@ -135,13 +136,14 @@ class WeightBytes(NamedTuple):
 
     experts: float  # all routed ones
     rest: float  # without the embedding, of which a step reads a row a token
+    fp8: bool  # whether they multiply in 8 bits
 
 
 def weight_bytes(model: Any) -> WeightBytes:
     """The model's weights as they are stored."""
     sizes = {path: leaf.nbytes for path, leaf in jax.tree.leaves_with_path(model)}
     experts = sum(size for path, size in sizes.items() if "experts" in jax.tree_util.keystr(path))
-    return WeightBytes(experts, sum(sizes.values()) - experts - model.embed.nbytes)
+    return WeightBytes(experts, sum(sizes.values()) - experts - model.embed.nbytes, model.weights_dtype == "fp8")
 
 
 class DecodeFloor(NamedTuple):
@@ -161,7 +163,8 @@ def decode_floor(
     used = distinct / model.n_routed_experts if model.n_routed_experts else 0
     read = (weights.rest + weights.experts * used / devices) / gpu.copy
     cache = batch / devices * context * cache_bytes / gpu.copy
-    multiply = batch / devices * 2 * (model.active_params - model.vocab_size * model.hidden_size) / gpu.matmul
+    multiply = batch / devices * 2 * (model.active_params - model.vocab_size * model.hidden_size)
+    multiply /= gpu.matmul_fp8 if weights.fp8 else gpu.matmul
     heads, latent, rope = model.num_attention_heads, model.kv_lora_rank, model.qk_rope_head_dim
     attend = batch / devices * context * model.num_hidden_layers * 2 * heads * (2 * latent + rope) / ATTENTION
     return DecodeFloor(read + cache, max(read, multiply) + max(cache, attend))
