@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tickets
-from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, spread, swizzled
+from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, spread, swizzled, vary_like
 
 STEP = 128  # of the contraction: columns under one scale, 128 bytes, one swizzled row
 WAVE = 64  # rows of one partial sum: wgmma's M
@@ -152,7 +152,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     e4m3, f32 = jnp.float8_e4m3fn, jnp.float32
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16, manual_axis_type=jax.typeof(x.values_MK).manual_axis_type),
+        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         grid=(SMS,),
         grid_names=("sm",),
         num_threads=3,
@@ -170,7 +170,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         ],
         compiler_params=PARAMS,
     )
-    return kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count)
+    return vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count))
 
 
 def tile_table(group_sizes_E: jax.Array, row_unit: int, columns: int, capacity: int) -> tuple[jax.Array, jax.Array]:

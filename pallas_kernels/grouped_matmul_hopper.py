@@ -288,4 +288,4 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         compiler_params=PARAMS,
     )
     weight = [lax.bitcast_convert_type(weight_M, jnp.int32)] if gated else []
-    return [vary_like(xs_MA[0], out) for out in kernel(*xs_MA, *ws, *weight, table, count)]
+    return vary_like(xs_MA[0], kernel(*xs_MA, *ws, *weight, table, count))
