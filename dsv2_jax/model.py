@@ -18,6 +18,7 @@ from flax import nnx
 from dsv2_jax.cache import Cache, schedule
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context, Dropping
+from dsv2_jax.embedding import look_up
 from dsv2_jax.fp8 import FLOAT8
 from dsv2_jax.mla import MLA, init_normal, rms_norm
 from dsv2_jax.moe import DeepSeekMoE, Stats, SwiGLU
@@ -153,8 +154,7 @@ class Decoder(nnx.Module):
         return "fp8" if any(leaf.dtype == FLOAT8 for leaf in jax.tree.leaves(self)) else str(self.embed.dtype)
 
     def _embed(self, tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, Context]:
-        # Looked up in float32, so that its gradient is summed in float32: a frequent token's is a sum of hundreds.
-        x_BTD = self.embed[...].astype(jnp.float32).at[tokens_BT].get(out_sharding=specs.activations_BTD).astype(self.embed.dtype)
+        x_BTD = look_up(self.embed[...], tokens_BT)
         return x_BTD, Context(positions_BT, segment_ids_BT, *cos_sin(self.cfg, positions_BT))
 
     def _norm(self, x_BTD: jax.Array) -> jax.Array:

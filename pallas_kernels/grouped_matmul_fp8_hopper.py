@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tickets
-from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, spread, swizzled
+from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, spread, swizzled, vary_like
 
 STEP = 128  # of the contraction: columns under one scale, 128 bytes, one swizzled row
 WAVE = 64  # rows of one partial sum: wgmma's M
@@ -155,7 +155,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     e4m3, f32 = jnp.float8_e4m3fn, jnp.float32
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16, manual_axis_type=jax.typeof(x.values_MK).manual_axis_type),
+        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         grid=(SMS,),
         grid_names=("sm",),
         num_threads=3,
@@ -174,20 +174,16 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         ],
         compiler_params=PARAMS,
     )
-    return kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count)
+    return vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count))
 
 
 def tile_table(group_sizes_E: jax.Array, row_unit: int, columns: int, capacity: int) -> tuple[jax.Array, jax.Array]:
     """int32 [4, capacity] = expert, first row, column tile, rows of each tile, and the number of tiles [1].
 
-    Expert-major with rows fastest: neighbours share a weight tile.
+    All of an expert's tiles but the last are whole: equal ones can take more waves of 64 rows.
     """
     rows_E = -(-group_sizes_E // row_unit) * row_unit
-    cuts_E = -(-rows_E // ROWS)
-    last_E = jnp.cumsum(cuts_E * columns)
-    tile = jnp.arange(capacity, dtype=jnp.int32)
-    e = jnp.minimum((tile[:, None] >= last_E).sum(axis=1), group_sizes_E.shape[0] - 1)
-    cuts, inside = jnp.maximum(cuts_E[e], 1), tile - (last_E - cuts_E * columns)[e]
-    above = inside % cuts * ROWS
-    fields = [e, (jnp.cumsum(rows_E) - rows_E)[e] + above, inside // cuts, jnp.minimum(rows_E[e] - above, ROWS)]
-    return jnp.stack(fields).astype(jnp.int32), last_E[-1:].astype(jnp.int32)
+    e, row, column, count = tickets.deal(-(-rows_E // ROWS), columns, capacity)
+    above = row * ROWS
+    fields = [e, (jnp.cumsum(rows_E) - rows_E)[e] + above, column, jnp.minimum(rows_E[e] - above, ROWS)]
+    return jnp.stack(fields).astype(jnp.int32), count

@@ -62,18 +62,15 @@ def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, s
 def tile_table(group_sizes_E: jax.Array, row_unit: int, most_rows: int, columns: int, capacity: int):
     """int32 [4, capacity] = expert, first row / unit, column tile, rows / unit of each tile, and the number of tiles [1].
 
-    Expert-major with rows fastest: neighbours share a weight tile. An expert is cut into the fewest tiles, as equal as can be.
+    An expert is cut into the fewest tiles, as equal as can be.
     """
     units_E = -(-group_sizes_E // row_unit)
     cuts_E = -(-units_E // (most_rows // row_unit))
-    last_E = jnp.cumsum(cuts_E * columns)
-    tile = jnp.arange(capacity, dtype=jnp.int32)
-    e = jnp.minimum((tile[:, None] >= last_E).sum(axis=1), group_sizes_E.shape[0] - 1)
-    cuts, inside = jnp.maximum(cuts_E[e], 1), tile - (last_E - cuts_E * columns)[e]
-    row, column = inside % cuts, inside // cuts
+    e, row, column, count = tickets.deal(cuts_E, columns, capacity)
+    cuts = jnp.maximum(cuts_E[e], 1)
     height, taller = units_E[e] // cuts, units_E[e] % cuts
     first = (jnp.cumsum(units_E) - units_E)[e] + row * height + jnp.minimum(row, taller)
-    return jnp.stack([e, first, column, height + (row < taller)]).astype(jnp.int32), last_E[-1:].astype(jnp.int32)
+    return jnp.stack([e, first, column, height + (row < taller)]).astype(jnp.int32), count
 
 
 def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool, outs: int) -> list[jax.Array]:
@@ -288,4 +285,4 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         compiler_params=PARAMS,
     )
     weight = [lax.bitcast_convert_type(weight_M, jnp.int32)] if gated else []
-    return [vary_like(xs_MA[0], out) for out in kernel(*xs_MA, *ws, *weight, table, count)]
+    return vary_like(xs_MA[0], kernel(*xs_MA, *ws, *weight, table, count))

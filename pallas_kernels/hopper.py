@@ -38,7 +38,11 @@ def drain(free, steps: jax.Array, stages: int, first: int = 0) -> None:
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
-def vary_like(x: jax.Array, out: jax.Array) -> jax.Array:
+def vary_like(x: jax.Array, outs):
     """What a kernel made of x, varying over the mesh as x does: inside `shard_map`, kernels' results do not say that they do."""
-    axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying
-    return lax.pcast(out, tuple(axes), to="varying") if axes else out
+
+    def vary(out):
+        axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying
+        return lax.pcast(out, tuple(axes), to="varying") if axes else out
+
+    return jax.tree.map(vary, outs)

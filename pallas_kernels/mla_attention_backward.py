@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper import vary_like
 from pallas_kernels.mla_attention_dkv import dkv, tiles
 from pallas_kernels.mla_attention_dq import dq
 from pallas_kernels.mla_attention_forward import BLOCK, HALF
@@ -79,8 +80,7 @@ def backward(
         return jax.empty_ref(jax.ShapeDtypeStruct(shape, dtype))
 
     def whole(ref):  # inside shard_map, kernels take no references that vary over the mesh, though what they write there does
-        varying = tuple(jax.typeof(q_nope_BTNH).manual_axis_type.varying)
-        return lax.pcast(jax.freeze(ref), varying, to="varying")[:, :length]
+        return vary_like(q_nope_BTNH, jax.freeze(ref))[:, :length]
 
     dq_nope, dq_rope, dk_nope, _, dv, _ = (empty(x.shape) for x in operands)
     dk_rope_PSR = empty((groups, blocks * BLOCK, k_rope_BTR.shape[2]), jnp.float32)

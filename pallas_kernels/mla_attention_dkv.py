@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, spread, swizzled
+from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, spread, swizzled, vary_like
 from pallas_kernels.mla_attention_forward import BLOCK, HALF, LOG2_E, NOPE, ROPE, VALUE
 
 STAGES = 3  # queries and their gradients: 120 KiB of 227, keys and values 80, dS 16
@@ -66,10 +66,9 @@ def dkv(
         [X, tiles, 2, 64 keys, 64 queries], dS^T in bfloat16 of the chunk's heads. What no query may see is not written.
     """
     blocks = lse_BNS.shape[2] // BLOCK
-    varies = jax.typeof(operands[0]).manual_axis_type
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         functools.partial(_program, groups=count, heads=heads, blocks=blocks, scale=scale),
-        out_type=jax.ShapeDtypeStruct((count * heads, tiles(blocks), 2, HALF, HALF), jnp.bfloat16, manual_axis_type=varies),
+        out_type=jax.ShapeDtypeStruct((count * heads, tiles(blocks), 2, HALF, HALF), jnp.bfloat16),
         grid=(count * blocks // 2,),
         grid_names=("pair",),
         cluster=(2,),
@@ -79,7 +78,8 @@ def dkv(
         kernel_name="mla_attention_dkv",
         compiler_params=PARAMS,
         scratch_types={"shared": _shared(bool(ids))},
-    )(chunk, ahead_B2K, *operands, lse_BNS, minus_delta_BNS, *ids, *gradients)
+    )
+    return vary_like(operands[0], kernel(chunk, ahead_B2K, *operands, lse_BNS, minus_delta_BNS, *ids, *gradients))
 
 
 class _Shared(NamedTuple):

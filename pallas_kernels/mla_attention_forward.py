@@ -29,7 +29,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import tickets
-from pallas_kernels.hopper import COL, PARAMS, ROW, SMS, WGMMA, spread, swizzled
+from pallas_kernels.hopper import COL, PARAMS, ROW, SMS, WGMMA, spread, swizzled, vary_like
 
 BLOCK, HALF = 128, 64  # queries of a tile and keys of a block; rows of a warpgroup
 NOPE, ROPE, VALUE = 128, 64, 128
@@ -63,12 +63,11 @@ def forward(
         segments = [ids_BS, _spans(ids_BS.reshape(batch, blocks, BLOCK))]
     if length % 8 or length < BLOCK:  # TMA counts in 8 rows; it reads those beyond the end as zeros, and does not write them
         operands = [jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in operands]
-    varies = jax.typeof(q_nope_BTNH).manual_axis_type
-    out_BTNV, lse_BNS = plgpu.kernel(
+    kernel = plgpu.kernel(
         functools.partial(_program, scale=scale),
         out_type=[
-            jax.ShapeDtypeStruct(operands[-1].shape, jnp.bfloat16, manual_axis_type=varies),
-            jax.ShapeDtypeStruct((batch, heads, blocks * BLOCK), jnp.float32, manual_axis_type=varies),
+            jax.ShapeDtypeStruct(operands[-1].shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct((batch, heads, blocks * BLOCK), jnp.float32),
         ],
         grid=(min(SMS, batch * heads * blocks),),
         grid_names=("program",),
@@ -77,7 +76,8 @@ def forward(
         kernel_name="mla_attention_forward",
         compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),  # rows are reduced within a warp
         scratch_types={"shared": _shared()},
-    )(*operands, *segments)
+    )
+    out_BTNV, lse_BNS = vary_like(q_nope_BTNH, kernel(*operands, *segments))
     return out_BTNV[:, :length], lse_BNS
 
 

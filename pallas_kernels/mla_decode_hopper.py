@@ -264,10 +264,10 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
-            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-            def _():  # two warps, so that the next request's keys need not wait until its queries can be loaded
-                pl.when(lax.axis_index("warp") == 0)(load_keys)
-                pl.when(lax.axis_index("warp") == 1)(load_queries)
+            @plgpu.warp_map
+            def _(warp):  # two warps, so that the next request's keys need not wait until its queries can be loaded
+                pl.when(warp == 0)(load_keys)
+                pl.when(warp == 1)(load_queries)
 
     kernel = plgpu.kernel(
         body,

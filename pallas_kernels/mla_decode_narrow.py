@@ -175,10 +175,10 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
-            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-            def _():  # two warps, so that latents need not wait until queries or rope keys can be loaded
-                pl.when(lax.axis_index("warp") == 0)(load_latents)
-                pl.when(lax.axis_index("warp") == 1)(load_queries_and_rope)
+            @plgpu.warp_map
+            def _(warp):  # two warps, so that latents need not wait until queries or rope keys can be loaded
+                pl.when(warp == 0)(load_latents)
+                pl.when(warp == 1)(load_queries_and_rope)
 
     kernel = plgpu.kernel(
         body,

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import PARAMS, WGMMA, spread, swizzled
+from pallas_kernels.hopper import PARAMS, WGMMA, spread, swizzled, vary_like
 
 ROWS, BLOCK = 64, 128
 STAGES = 4
@@ -54,8 +54,8 @@ def quantise_rows(x_MK: jax.Array, least: float, largest: float) -> tuple[jax.Ar
     kernel = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct(x_MK.shape, jnp.float8_e4m3fn, manual_axis_type=jax.typeof(x_MK).manual_axis_type),
-            jax.ShapeDtypeStruct((blocks, rows), jnp.float32, manual_axis_type=jax.typeof(x_MK).manual_axis_type),
+            jax.ShapeDtypeStruct(x_MK.shape, jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((blocks, rows), jnp.float32),
         ],
         grid=(rows // ROWS,),
         grid_names=("program",),
@@ -67,4 +67,4 @@ def quantise_rows(x_MK: jax.Array, least: float, largest: float) -> tuple[jax.Ar
         ],
         compiler_params=PARAMS,
     )
-    return kernel(x_MK)
+    return vary_like(x_MK, kernel(x_MK))

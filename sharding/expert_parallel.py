@@ -112,7 +112,7 @@ def _through_all_to_all(x_ND, ids_NK, weights_NK, experts, multiply, num_experts
         token_M = order.pair_M // most
         with jax.named_scope("dispatch"):
             # Ids are exact in float32 and ride with the weights: 8 K bytes a row, where the row itself takes 2 D.
-            weights_MK, ids_MK = _gather(weights_NK, token_M), _gather(ids_NK + 1, token_M).astype(jnp.float32)
+            weights_MK, ids_MK = take_rows(weights_NK, order), _gather(ids_NK + 1, token_M).astype(jnp.float32)
             both = checkpoint_name(_swap(jnp.concatenate([weights_MK, ids_MK], axis=1)), ARRIVED)
             got_MD = checkpoint_name(_swap(take_rows(x_ND, order)), ARRIVED)
         weights_MK, ids_MK = jnp.split(both, 2, axis=1)

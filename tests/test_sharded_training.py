@@ -121,3 +121,15 @@ def test_at_rest_parameters_gradients_and_moments_are_cut_over_all_devices():
         here = int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
         whole = int(np.prod(leaf.shape))
         assert here * 8 == whole or whole < 64, (name, leaf.shape, leaf.sharding.spec)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
+def test_no_gradient_is_summed_in_whatever_order_a_gpu_adds(dispatch):
+    """A scatter of floats is made of atomic additions, unless each place is written once."""
+    config = dataclasses.replace(TRAIN, dispatch=dispatch)
+    with jax.set_mesh(make_mesh(1, 8)):
+        args = train_state.abstract(MODEL, config), train_state.abstract_batch(config), config
+        text = jax.jit(train_state.gradient, static_argnums=2).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    scatters = re.findall(r'"stablehlo.scatter".*?unique_indices = (\w+).*?\}\) : \(tensor<(?:\d+x)*(\w+)>', text, re.DOTALL)
+    assert len(scatters) == text.count('"stablehlo.scatter"') > 0
+    assert not [kind for unique, kind in scatters if unique == "false" and kind.startswith(("f", "bf"))]
