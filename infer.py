@@ -26,9 +26,10 @@ from dsv2_jax import cli, config, prompts
 from dsv2_jax import model as model_lib
 from dsv2_jax.bench import bench, parse_load
 from dsv2_jax.cache import FORMATS
+from dsv2_jax.completion import complete
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.convert import WEIGHTS_DTYPES, open_checkpoint
-from dsv2_jax.engine import Engine, Output, check_tokens, complete
+from dsv2_jax.engine import Engine, Output, check_tokens
 from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
 from dsv2_jax.prompts import Prompt

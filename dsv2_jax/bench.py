@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv2_jax import roofline
-from dsv2_jax.engine import Engine, compilations
+from dsv2_jax.engine import Engine
 from dsv2_jax.fields import InputError
 from dsv2_jax.sampling import Sampling
+from dsv2_jax.steps import compilations
 
 SPREAD = 0.9  # of the experts that uniform routing would touch; with fewer, a step reads less and every figure flatters
 

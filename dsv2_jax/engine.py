@@ -12,7 +12,6 @@ Letters: B rows of all devices, T positions, P pages of a row, R answers a progr
 
 import collections
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv2_jax import cache as latent_cache
-from dsv2_jax.cache import Cache
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
 from dsv2_jax.pages import PagePool
 from dsv2_jax.rotation import rotated
-from dsv2_jax.sampling import MAX_LOGPROBS, History, Sampled, Sampling, SamplingArrays, check, sample, to_arrays, to_history
-from pallas_kernels.latent_pages import PAGE, LatentPages
+from dsv2_jax.sampling import MAX_LOGPROBS, History, Sampled, Sampling, SamplingArrays, check, to_arrays, to_history
+from dsv2_jax.steps import Batch, State, begin_history, decode, prefill
+from pallas_kernels.latent_pages import PAGE
 from sharding import specs
 
 PREFILL = 8192  # tokens of prompts from their beginning that a device computes in a step, at most
@@ -37,100 +36,6 @@ EXTEND = 2048  # tokens of further chunks
 ROW = 64  # the shortest row of tokens
 LEAST = 8  # rows of a decode step: a matrix times one row, XLA would write out all products before it adds them up
 SHARE = 16  # a packed row holds at most a prompt for so many of its positions
-
-
-class State(NamedTuple):
-    """What lies on the devices between steps."""
-
-    pages: LatentPages
-    tokens_S: jax.Array  # the last token of the request in each seat
-    history: History | None = None  # [S, V]; given to a program where one of its requests has penalties or biases
-
-
-class Batch(NamedTuple):
-    """The tokens of a prefill. Seats and places count within a device."""
-
-    tokens_BT: Any
-    positions_BT: Any
-    segments_BT: Any
-    slots_BT: Any
-    table_BP: Any  # None: from the prompts' beginning
-    last_R: Any  # where among a device's B * T tokens the last one of a prompt stands
-    seat_R: Any  # of its request; -1: no token is to be sampled
-
-
-def _local(function: Callable, *args):
-    """The function on each device's own rows."""
-    return jax.shard_map(function, out_specs=specs.per_request_B)(*args)
-
-
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="top")
-def prefill(model: Decoder, state: State, batch: Batch, how: SamplingArrays | None, top: int) -> tuple[State, Sampled]:
-    """Stores prompts or parts of them, and samples the first new token of those that are complete."""
-    cache = Cache(state.pages, batch.slots_BT, batch.table_BP)
-    hidden_BTD, pages, _ = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, cache)
-    hidden_RD = _local(lambda x_BTD, last_R: x_BTD.reshape(-1, x_BTD.shape[2])[last_R], hidden_BTD, batch.last_R)
-    positions_R = _local(lambda positions_BT, last_R: positions_BT.reshape(-1)[last_R] + 1, batch.positions_BT, batch.last_R)
-    return _sampled(model, state._replace(pages=pages), hidden_RD, positions_R, batch.seat_R, how, top)
-
-
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="top")
-def decode(
-    model: Decoder, state: State, rows_BX: jax.Array, how: SamplingArrays | None, top: int
-) -> tuple[State, Sampled, jax.Array | None]:
-    """One more token of every request: rows are its seat, the position of its last token (-1: none), and its pages.
-
-    Also returns how many experts of each MoE layer the tokens use.
-    """
-
-    def unpack(rows_BX, tokens_S):
-        seat_B, positions_B, table_BP = rows_BX[:, 0], rows_BX[:, 1], rows_BX[:, 2:]
-        page_B = jnp.take_along_axis(table_BP, jnp.maximum(positions_B, 0)[:, None] // PAGE, axis=1)[:, 0]
-        slots_B = jnp.where(positions_B < 0, -1, page_B * PAGE + positions_B % PAGE)
-        tokens_B = tokens_S[jnp.maximum(seat_B, 0)]
-        return seat_B, positions_B, tokens_B[:, None], positions_B[:, None], slots_B[:, None], table_BP
-
-    seat_B, positions_B, tokens_BT, positions_BT, slots_BT, table_BP = _local(unpack, rows_BX, state.tokens_S)
-    cache = Cache(state.pages, slots_BT, table_BP)
-    # The kernel that multiplies 8-bit weights takes them where they lie.
-    copied = model.weights_dtype != "fp8"
-    hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=copied)
-    used_L = (stats["load"] > 0).sum(axis=1) if stats else None
-    return *_sampled(model, state._replace(pages=pages), hidden_B1D[:, 0], positions_B + 1, seat_B, how, top), used_L
-
-
-def _sampled(model, state: State, hidden_RD, positions_R, seat_R, how, top) -> tuple[State, Sampled]:
-    def rows(history, seat_R):
-        return jax.tree.map(lambda x_SV: x_SV[jnp.maximum(seat_R, 0)], history)
-
-    def put(old_S, seat_R, new_R):
-        return old_S.at[jnp.where(seat_R < 0, len(old_S), seat_R)].set(new_R, mode="drop")
-
-    def count(count_SV, seat_R, tokens_R):
-        return count_SV.at[jnp.where(seat_R < 0, len(count_SV), seat_R), tokens_R].add(1, mode="drop")
-
-    history = None if state.history is None else _local(rows, state.history, seat_R)
-    sampled = sample(model.logits(hidden_RD), positions_R, how, history, top)
-    state = state._replace(tokens_S=_local(put, state.tokens_S, seat_R, sampled.tokens_B))
-    if history is not None:
-        count_SV = _local(count, state.history.count_BV, seat_R, sampled.tokens_B)
-        state = state._replace(history=state.history._replace(count_BV=count_SV))
-    return state, sampled
-
-
-@functools.partial(jax.jit, donate_argnames="history")
-def _begin(history: History, seat_D: jax.Array, new: History) -> History:
-    """The history with that of a new answer, on the device where its seat is not -1."""
-
-    def put(old_SV, seat_D, new_1V):
-        return old_SV.at[jnp.where(seat_D < 0, len(old_SV), seat_D)].set(new_1V, mode="drop")
-
-    return jax.tree.map(lambda old_SV, new_1V: _local(put, old_SV, seat_D, new_1V), history, new)
-
-
-def compilations() -> int:
-    """Programs that have been compiled, or read from the compilation cache, for steps of any engine."""
-    return sum(program._cache_size() for program in (prefill, decode, _begin))
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -370,7 +275,7 @@ class Engine:
         seat_D = np.full(self._devices, -1, np.int32)
         seat_D[answer.device] = answer.seat
         new = to_history([answer.sampling], [answer.prompt], [answer.new], vocab)
-        self._history = _begin(self._history, place(seat_D), new)
+        self._history = begin_history(self._history, place(seat_D), new)
 
     def _leave(self, answer: _Answer) -> None:
         """Gives back seat and pages; what these hold stays known."""
@@ -573,49 +478,3 @@ class _Asked(NamedTuple):
 def place(array: np.ndarray) -> jax.Array:
     """A host array on the mesh, its first axis that of the devices' rows."""
     return jax.device_put(array, jax.NamedSharding(jax.sharding.get_mesh(), specs.per_request_B))
-
-
-class Completion(NamedTuple):
-    """A whole answer."""
-
-    token_ids: list[int]  # new tokens only; an EOS or stop token is among them
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[int, float]]]
-    finish_reason: str  # "stop": EOS, a stop token, or the caller; "length": max_new_tokens or the end of the context
-
-
-def complete(
-    engine: Engine,
-    requests: Sequence[tuple[Sequence[int], Sampling]],
-    on_output: Callable[[int, Output], bool] = lambda index, output: False,
-) -> list[list[Completion]]:
-    """Runs requests, each a prompt and what it asks, and returns the answers of each.
-
-    Args:
-        on_output: called with (index of the request, output) for every new token; True stops that answer after it.
-    """
-    numbers = {engine.add_request(*request, name=f"request {i}"): i for i, request in enumerate(requests)}
-    done = [[Completion([], [], [], "") for _ in range(sampling.n)] for _, sampling in requests]
-    while engine.busy:
-        for output in engine.step():
-            index = numbers[output.request]
-            answer = done[index][output.answer]
-            if answer.finish_reason:
-                continue
-            answer.token_ids.append(output.token)
-            answer.logprobs.append(output.logprob)
-            answer.top_logprobs.append(output.top)
-            reason = output.finish_reason
-            if on_output(index, output):
-                engine.abort(output.request, output.answer)
-                reason = "stop"
-            done[index][output.answer] = answer._replace(finish_reason=reason or "")
-    return done
-
-
-def greedy(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """The most likely continuation of each prompt, `max_new_tokens` long whatever EOS says."""
-    sampling = Sampling(max_new_tokens=max_new_tokens, ignore_eos=True)
-    tokens = sum(-(-(len(prompt) + max_new_tokens) // PAGE) * PAGE for prompt in prompts)
-    engine = Engine(model, cache_tokens=tokens, max_batch=len(prompts))
-    return [answers[0].token_ids for answers in complete(engine, [(prompt, sampling) for prompt in prompts])]

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from dsv2_jax import cli, convert, engine, model
+from dsv2_jax import cli, completion, convert, model
 from dsv2_jax.fields import InputError
 from dsv2_jax.parity_reference import FAMILIES
 from sharding.mesh import make_mesh
@@ -105,7 +105,7 @@ def activations(weights: convert.Weights, dtype: str, sequences: list[np.ndarray
         chosen = [trace.experts[layer][0] for layer in sorted(trace.experts)]
         result[f"experts_{i}"] = np.array(chosen, np.int32).reshape(len(chosen), len(tokens), weights.config.num_experts_per_tok)
     result["moe_layers"] = np.array(sorted(trace.experts), np.int32)
-    written = engine.greedy(decoder, [tokens.tolist() for tokens in sequences], NEW_TOKENS)
+    written = completion.greedy(decoder, [tokens.tolist() for tokens in sequences], NEW_TOKENS)
     return result | {f"greedy_{i}": np.array(tokens, np.int32) for i, tokens in enumerate(written)}
 
 

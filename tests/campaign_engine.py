@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax import config, engine, model
-from dsv2_jax.engine import Engine, compilations, complete
+from dsv2_jax.completion import complete
+from dsv2_jax.engine import Engine
 from dsv2_jax.sampling import Sampling
+from dsv2_jax.steps import compilations
 from sharding.mesh import make_mesh
 
 TINY = dataclasses.replace(config.tiny(), num_hidden_layers=2, vocab_size=512, max_position_embeddings=1024)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import config, engine, model
-from dsv2_jax.engine import Engine, complete
+from dsv2_jax import config, engine, model, steps
+from dsv2_jax.completion import complete, greedy
+from dsv2_jax.engine import Engine
 from dsv2_jax.fields import InputError
 from dsv2_jax.sampling import Sampling
 from pallas_kernels.latent_pages import PAGE
@@ -65,7 +66,7 @@ def test_greedy_through_the_cache_equals_repeated_full_forward(m):
     for step in range(new):
         logits = np.asarray(model.trace(m, padded).logits)
         padded[np.arange(len(prompts)), lengths + step] = logits[np.arange(len(prompts)), lengths + step - 1].argmax(-1)
-    assert engine.greedy(m, prompts, new) == [row[n : n + new].tolist() for row, n in zip(padded, lengths)]
+    assert greedy(m, prompts, new) == [row[n : n + new].tolist() for row, n in zip(padded, lengths)]
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -159,7 +160,7 @@ def test_the_end_of_the_context_ends_the_answer(m):
     done = complete(new_engine(small), [(PROMPTS[2], Sampling(max_new_tokens=100))])[0][0]
     assert (len(done.token_ids), done.finish_reason) == (7, "length")
     with pytest.raises(InputError, match="the prompt has 40 tokens, expected at most 39"):
-        engine.greedy(small, [[1] * 40], 1)
+        greedy(small, [[1] * 40], 1)
 
 
 def test_what_no_cache_of_this_size_can_hold_is_refused(m):
@@ -274,7 +275,7 @@ def test_random_traffic_compiles_nothing_new_and_leaks_nothing(m):
         assert one.free_pages == 8
 
     traffic(100)
-    compiled = engine.compilations()
+    compiled = steps.compilations()
     traffic(100)
-    assert engine.compilations() == compiled
+    assert steps.compilations() == compiled
     assert one.counters.reused_tokens > 0

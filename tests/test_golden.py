@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv2_jax import convert, engine, model
+from dsv2_jax import completion, convert, model
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.parity_reference import write_checkpoint
 from dsv2_jax.rope import cos_sin, inverse_frequencies, softmax_scale
@@ -34,7 +34,7 @@ def test_float32_equals_pytorch(name, tmp_path):
             for layer, reference in zip(golden["moe_layers"].tolist(), golden[f"experts_{i}"]):
                 np.testing.assert_array_equal(np.sort(trace.experts[layer][0], -1), reference)
         greedy = [golden["greedy_0"].tolist(), golden["greedy_1"].tolist()]
-        assert engine.greedy(decoder, [tokens.tolist() for tokens in sequences], len(greedy[0])) == greedy
+        assert completion.greedy(decoder, [tokens.tolist() for tokens in sequences], len(greedy[0])) == greedy
 
 
 @pytest.mark.parametrize("name", ["plain", "v2", "v2_5", "unequal"])

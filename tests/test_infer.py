@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import config, engine, model, score, tokenizer
+from dsv2_jax import completion, config, model, score, tokenizer
 from dsv2_jax.convert import open_checkpoint
 from dsv2_jax.engine import check_tokens
 from dsv2_jax.fields import InputError
@@ -73,9 +73,9 @@ def test_generate_answers_every_line_in_order_with_its_own_settings(checkpoint, 
     first, second, third = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert set(first) == {"id", "prompt", "token_ids", "text", "finish_reason", "logprobs"}
     assert (first["id"], second["id"], third["id"]) == ("a", 1, 7)
-    assert first["token_ids"] == engine.greedy(loaded, [[5, 6, 7]], 4)[0]
+    assert first["token_ids"] == completion.greedy(loaded, [[5, 6, 7]], 4)[0]
     tok = tokenizer.Tokenizer.load(checkpoint)
-    assert second["token_ids"] == engine.greedy(loaded, [tok.encode("the quick")], 6)[0]
+    assert second["token_ids"] == completion.greedy(loaded, [tok.encode("the quick")], 6)[0]
     assert second["text"] == tok.decode(second["token_ids"])
     assert len(third["token_ids"]) == len(third["logprobs"]) <= 6
     assert not (tmp_path / "out.jsonl.partial").exists()

@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 
 from dsv2_jax import config, model
-from dsv2_jax.engine import Engine, complete
+from dsv2_jax.completion import complete
+from dsv2_jax.engine import Engine
 from dsv2_jax.projections import exact
 from dsv2_jax.rotation import rotated
 from dsv2_jax.sampling import Sampling
+from dsv2_jax.score import score
 from sharding.mesh import make_mesh
 
 CFG = dataclasses.replace(
@@ -53,10 +55,8 @@ def test_8_bit_weights_are_turned_into_others():
 @pytest.mark.parametrize("dtype", ["fp8", "int6"])
 def test_answers_from_a_small_cache_stay_near(m, dtype):
     """Forced along the same tokens by a bias, log-probabilities through 8 and 6-bit latents stay near those in float32."""
-
-    def logprobs(cache_dtype):
-        engine = Engine(m, cache_dtype=cache_dtype, cache_tokens=1024, max_batch=2)
-        return np.array(complete(engine, [(IDS[0].tolist(), Sampling(max_new_tokens=8, logit_bias={7: 100.0}))])[0][0].logprobs)
-
-    error = np.abs(logprobs(dtype) - logprobs("float32"))
+    prompt, sampling = IDS[0].tolist(), Sampling(max_new_tokens=8, logit_bias={7: 100.0})
+    got = complete(Engine(m, cache_dtype=dtype, cache_tokens=1024, max_batch=2), [(prompt, sampling)])[0][0]
+    assert got.token_ids == [7] * 8
+    error = np.abs(got.logprobs - next(score(m, [prompt + [7] * 8])).logprobs[-8:])
     assert 0 < error.max() < 0.3  # in nats, after eight tokens of a random model whose log-probabilities spread over several
