@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test (GPUs under `-m gpu`), and a mesh of one device unless the test makes its own."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -15,9 +16,13 @@ def pytest_configure(config):
         return
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    # Tests compile a hundred programs and run each for milliseconds: compile fast, also in the commands that tests start.
+    # Tests compile hundreds of programs and run each for milliseconds: compile fast, also in the commands that tests start.
     fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    fast += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}"
+    # What is imported stays, and tracing makes many objects that do not: a sixth of the time went into looking for garbage.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 # One compilation cache for the processes that run tests, which inherit it from the first, and the commands that tests start.
