@@ -111,7 +111,7 @@ class Counters:
 
 
 class Engine:
-    """Runs requests together, on all devices of the current mesh. Not for several threads.
+    """Runs requests together, on all devices of the mesh that is current when it is made and used. Not for several threads.
 
         engine = Engine(model, eos_id=1)
         request = engine.add_request(token_ids, Sampling(max_new_tokens=100))
@@ -123,7 +123,7 @@ class Engine:
         cache_tokens: for how many tokens each device has pages; None: as many as its memory leaves room for.
         max_batch: answers that each device works on at a time.
 
-    Raises: InputError, where the cache does not fit the model or the memory.
+    Raises: InputError, where the format does not fit the model, or there is no room for a page.
     """
 
     def __init__(
@@ -219,12 +219,8 @@ class Engine:
 
     def stream(self, request: int) -> Iterator[Output]:
         """The outputs of one request, as they come; those of others that run beside it are not given out."""
-        answers = sum(one.request == request for one in (*self._waiting, *self._running))
-        while answers:
-            for output in self.step():
-                if output.request == request:
-                    answers -= output.finish_reason is not None
-                    yield output
+        while any(one.request == request for one in (*self._waiting, *self._running)):
+            yield from [output for output in self.step() if output.request == request]
 
     def step(self) -> list[Output]:
         """Sends the next programs to the devices, and returns the tokens of those sent before."""
@@ -250,7 +246,7 @@ class Engine:
             fits = self._free_seats[device] and pool.free - (whole - len(known)) >= keep
             if fits and (not best or (len(known), pool.free) > (len(best[1]), self._pools[best[0]].free)):
                 best, (device, known) = (device, known), best or (device, [])
-            self._pools[device].release(known)
+            self._pools[device].release(known)  # of the device that is not chosen
         if not best:
             return None
         self._waiting.popleft()
@@ -430,6 +426,7 @@ class Engine:
             token, asked = tokens[row], answer.sampling.logprobs
             answer.ahead -= 1
             answer.new.append(token)
+            self.counters.new_tokens += 1
             reason = None
             if token in answer.stops:
                 reason = "stop"

@@ -202,10 +202,10 @@ def test_a_stream_is_one_request_and_abort_ends_it(m, alone):
     tokens = [output.token for output in one.stream(numbers[1])]
     assert tokens == alone["greedy"][1].token_ids
     number = one.add_request(PROMPTS[4], Sampling(max_new_tokens=500))
-    for count, _ in enumerate(one.stream(number)):
+    for count, _ in enumerate(one.stream(number)):  # ends by itself
         if count == 3:
             one.abort(number)
-            break
+    assert count == 3
     waiting = one.add_request(PROMPTS[4], Sampling(max_new_tokens=500))
     one.abort(waiting)
     while one.busy:
