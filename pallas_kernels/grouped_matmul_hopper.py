@@ -14,6 +14,7 @@ with 3 out_slots: 0.925 V2-Lite.
 Letters: M rows, A and B matmul dims (B of the result), D model, F hidden, E experts. Kernel-side names: x rows, w weights.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -59,20 +60,6 @@ def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, s
     return _launch([x_MD], [w_gate_EDF, w_up_EDF], weight_M, group_sizes_E, row_unit, False, outs=3 if save else 1)
 
 
-def tile_table(group_sizes_E: jax.Array, row_unit: int, most_rows: int, columns: int, capacity: int):
-    """int32 [4, capacity] = expert, first row / unit, column tile, rows / unit of each tile, and the number of tiles [1].
-
-    An expert is cut into the fewest tiles, as equal as can be.
-    """
-    units_E = -(-group_sizes_E // row_unit)
-    cuts_E = -(-units_E // (most_rows // row_unit))
-    e, row, column, count = tickets.deal(cuts_E, columns, capacity)
-    cuts = jnp.maximum(cuts_E[e], 1)
-    height, taller = units_E[e] // cuts, units_E[e] % cuts
-    first = (jnp.cumsum(units_E) - units_E)[e] + row * height + jnp.minimum(row, taller)
-    return jnp.stack([e, first, column, height + (row < taller)]).astype(jnp.int32), count
-
-
 def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool, outs: int) -> list[jax.Array]:
     rows, experts = xs_MA[0].shape[0], group_sizes_E.shape[0]
     dtype, gated = xs_MA[0].dtype, weight_M is not None
@@ -82,16 +69,19 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     steps = [x.shape[1] // STEP for x in xs_MA]
     total_steps = sum(steps)
     column_tiles = pl.cdiv(columns, 2 * width)
-    capacity = (rows // t.rows + experts) * column_tiles  # sum of ceil(rows of an expert / t.rows) at most
-    table, count = tile_table(group_sizes_E, row_unit, t.rows, column_tiles, capacity)
+    # An expert's rows are cut into the fewest tiles, as equal as can be.
+    sizes_E, most_units = group_sizes_E.astype(jnp.int32), t.rows // row_unit
+    units_E = pl.cdiv(sizes_E, row_unit)
+    first_E, ends = tickets.before(units_E), tickets.ends(pl.cdiv(units_E, most_units))
 
     def grouped_matmul(*refs):
         x_gmems, refs = refs[: len(xs_MA)], refs[len(xs_MA) :]
         w_gmems, refs = refs[: len(ws)], refs[len(ws) :]
-        (*weight_gmem, table_gmem, count_gmem), refs = refs[: 2 + gated], refs[2 + gated :]
+        (*weight_gmem, sizes_gmem, first_gmem, ends_gmem), refs = refs[: 3 + gated], refs[3 + gated :]
         out_gmems, refs = refs[:outs], refs[outs:]
         x_smem, w_smem, out_smem, x_full, x_free, w_full, w_free, *ring = refs
         wg = lax.axis_index("wg")
+        count = ends_gmem[ends.size - 1] * column_tiles
 
         def slot(step, stages):
             return lax.rem(step, jnp.int32(stages))
@@ -137,10 +127,18 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
         @pl.when(wg == 2)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(32, action="decrease")
 
             def describe(ticket):
-                return [table_gmem[i, ticket] for i in range(4)]
+                """Expert-major with rows fastest, so that neighbours share a weight tile."""
+                expert = tickets.owner(ticket, ends_gmem, column_tiles)
+                units, first = pl.cdiv(sizes_gmem[expert], row_unit), first_gmem[expert]
+                cuts = jnp.maximum(pl.cdiv(units, most_units), 1)
+                inside = ticket - (ends_gmem[expert] - cuts) * column_tiles
+                row, column = lax.rem(inside, cuts), lax.div(inside, cuts)
+                height, taller = lax.div(units, cuts), lax.rem(units, cuts)
+                first += row * height + jnp.minimum(row, taller)
+                return expert, first, column, height + (row < taller).astype(jnp.int32)
 
             def tile(fields, carry):
                 before, expert0, column0 = carry  # of the tile before this one, whose last steps the second consumer awaits
@@ -172,7 +170,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
             zero = jnp.int32(0)
             init = (zero, zero, zero)
-            carry, finish = tickets.lead(describe, tile, init, count_gmem[0], ring, attach if gated else None)
+            carry, finish = tickets.lead(describe, tile, init, count, ring, attach if gated else None)
             done, expert, column = carry
 
             def flush(k, _):
@@ -258,7 +256,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                     per_height(units, compute)
                 return before + total_steps
 
-            tickets.follow(tile, 4, jnp.int32(0), count_gmem[0], ring)
+            tickets.follow(tile, 4, jnp.int32(0), count, ring)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tile_of_w = (2, STEP, 64) if gated else (128, STEP) if transposed else (STEP, 128)
@@ -282,7 +280,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         num_threads=3,
         thread_name="wg",
         scratch_types=scratch,
-        compiler_params=PARAMS,
+        compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
     )
     weight = [lax.bitcast_convert_type(weight_M, jnp.int32)] if gated else []
-    return vary_like(xs_MA[0], kernel(*xs_MA, *ws, *weight, table, count))
+    return vary_like(xs_MA[0], kernel(*xs_MA, *ws, *weight, sizes_E, first_E, ends))

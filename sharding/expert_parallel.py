@@ -142,22 +142,25 @@ def _multiply(x_ND, ids_NK, weights_NK, experts, *, expert_fn, fair_pairs: int) 
     chunk = most if most <= AT_ONCE else min(most, padded_rows(math.ceil(SLACK * fair_pairs), local, unit))
     order, sizes_E, starts_E = expert_order(ids_NK - lax.axis_index("expert") * local, local, unit, -(-most // chunk) * chunk)
 
-    def multiply_chunk(r, operands, integers):
+    def multiply_rows(operands, order, sizes_E):
         x_ND, weights_NK, experts = operands
+        with jax.named_scope("experts"):
+            out_MD = expert_fn(experts, take_rows(x_ND, order), take_pairs(weights_NK, order), sizes_E, unit)
+            return add_rows(out_MD, order)
+
+    def multiply_chunk(r, operands, integers):
         order, sizes_E, starts_E = integers
         part = Order(
             lax.dynamic_slice_in_dim(order.pair_M, r * chunk, chunk),
             jnp.where(order.row_NK // chunk == r, order.row_NK - r * chunk, chunk),
         )
         first, last = (jnp.clip(edge_E - r * chunk, 0, chunk) for edge_E in (starts_E, starts_E + sizes_E))
-        with jax.named_scope("experts"):
-            out_RD = expert_fn(experts, take_rows(x_ND, part), take_pairs(weights_NK, part), last - first, unit)
-            return add_rows(out_RD, part)
+        return multiply_rows(operands, part, last - first)
 
-    operands, integers = (x_ND, weights_NK, experts), (order, sizes_E, starts_E)
+    operands = x_ND, weights_NK, experts
     if chunk == most:
-        return multiply_chunk(0, operands, integers)
-    return in_rounds(multiply_chunk, -(-(starts_E + sizes_E).max() // chunk), operands, integers)
+        return multiply_rows(operands, order, sizes_E)
+    return in_rounds(multiply_chunk, -(-(starts_E + sizes_E).max() // chunk), operands, (order, sizes_E, starts_E))
 
 
 def expert_order(local_NK: jax.Array, num_experts: int, unit: int, rows: int) -> tuple[Order, jax.Array, jax.Array]:
