@@ -65,10 +65,11 @@ class GroupedCases:
         """Clean rows, for a reference, and the same ones with poison in rows of no group."""
         of_group_M, used_M = (mask.reshape(-1, *[1] * len(width)) for mask in group_rows)
         clean = np.where(of_group_M, rng.normal(size=(len(of_group_M), *width)), 0)
-        return [jnp.asarray(a, jnp.float32 if not width else self.DTYPE) for a in (clean, np.where(used_M, clean, np.nan))]
+        dtype = self.DTYPE if width else jnp.float32
+        return [jnp.asarray(np.asarray(a, dtype)) for a in (clean, np.where(used_M, clean, np.nan))]
 
     def weights(self, rng, *shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32) / 8, self.DTYPE)
+        return jnp.asarray(np.asarray(rng.standard_normal(shape, np.float32) / 8, self.DTYPE))
 
     def check_all(self, make, function, wanted_function, unit, choices, row_widths, weights):
         """What `make` makes of a function of rows of these widths, weights and group sizes, for all choices of those."""
@@ -145,7 +146,7 @@ class AttentionCases:
         rng = np.random.default_rng(seed)
         nope, rope, value = self.DIMS
         shapes = [(heads, nope), (heads, rope), (heads, nope), (rope,), (heads, value)]
-        return [jnp.asarray(rng.normal(size=(batch, length, *shape)), self.DTYPE) for shape in shapes]
+        return [jnp.asarray(np.asarray(rng.normal(size=(batch, length, *shape)), self.DTYPE)) for shape in shapes]
 
     def segments(self, batch, length, seed=0):
         """One segment; packed ones; ids in no order; segments that are interrupted."""
@@ -219,12 +220,13 @@ class DecodeCases:
                 rows = rng.normal(size=(64 * count, pages.shape[2]))
                 rows[last[b] + 1 :] = 1000
                 pages[table_BP[b, :count]] = rows.reshape(count, 64, pages.shape[2])
-        pages = latent_pages.LatentPages(jnp.asarray(latent_PSC, self.DTYPE), jnp.asarray(rope_PSR, self.DTYPE), None)
+        pages = (jnp.asarray(np.asarray(pages_PSX, self.DTYPE)) for pages_PSX in (latent_PSC, rope_PSR))
         q_latent_BTNC, q_rope_BTNR = (
-            jnp.asarray(rng.normal(size=(len(last), tokens, heads, dim)), self.DTYPE) for dim in self.DIMS
+            jnp.asarray(np.asarray(rng.normal(size=(len(last), tokens, heads, dim)), self.DTYPE)) for dim in self.DIMS
         )
         positions_BT = last[:, None] - np.arange(tokens)[::-1]  # the first ones of a short request see nothing
-        return q_latent_BTNC, q_rope_BTNR, pages, jnp.asarray(table_BP), jnp.asarray(np.maximum(positions_BT, -1), jnp.int32)
+        positions_BT = jnp.asarray(np.maximum(positions_BT, -1), jnp.int32)
+        return q_latent_BTNC, q_rope_BTNR, latent_pages.LatentPages(*pages, None), jnp.asarray(table_BP), positions_BT
 
     def check(self, operands, **kwargs):
         got_BTNC = jax.jit(functools.partial(type(self).decode, scale=0.2))(*operands, **kwargs)
