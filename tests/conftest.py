@@ -12,7 +12,9 @@ import pytest
 
 def pytest_configure(config):
     if config.option.markexpr == "gpu":
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two processes run tests
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes run tests
+        # Not to try out how each matmul of a reference is fastest: it takes longer than the matmul, and processes disturb each other.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
         return
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -30,8 +32,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dsv2_jax_test_cache_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# XLA's own cache of tuned GPU programs, beside it, is not for several processes: one that makes a file another just made fails.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 from sharding.mesh import make_mesh
 

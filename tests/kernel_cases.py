@@ -12,52 +12,89 @@ from pallas_kernels.decode_schedule import make_schedule
 from pallas_kernels.grouped_matmul_fp8 import quantise_rows, quantise_weights
 
 
-def close(got, wanted, bound=1e-5):
+def close(got, wanted, bound=1e-5, of=""):
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert np.linalg.norm(got - wanted) <= bound * max(np.linalg.norm(wanted), 1e-30)
+    assert np.linalg.norm(got - wanted) <= bound * max(np.linalg.norm(wanted), 1e-30), of
+
+
+def assert_repeats(run, *operands, times=100):
+    """All results of a compiled function are the same bits in every run."""
+    first = run(*operands)
+    same = jax.jit(
+        lambda a, b: functools.reduce(jnp.logical_and, ((x == y).all() for x, y in zip(*map(jax.tree.leaves, (a, b)))))
+    )
+    assert all(same(first, run(*operands)) for _ in range(times))
+
+
+def in_float32(function):
+    """The function compiled, of operands in float32 whatever they were, and without TF32."""
+
+    @jax.jit
+    def run(*operands):
+        with jax.default_matmul_precision("highest"):
+            return function(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands))
+
+    return run
 
 
 class GroupedCases:
-    """Rows in groups; what padding rows hold is zero, what rows of no group hold is poison. References are computed in float32."""
+    """Rows in groups; what padding rows hold is zero, what rows of no group hold is poison. References are computed in float32.
 
-    DTYPE, WIDTHS, BOUND = jnp.float32, ((16, 24),), 1e-5
-    UNITS = 1, 8
+    A shape is widths, a row unit, and sizes of the groups: as many groups and rows for each, so that one program takes them all.
+    """
+
+    DTYPE, BOUND = jnp.float32, 1e-5
     SIZES = (5, 0, 8, 3), (0, 0, 0, 0), (30, 0, 0, 0), (0, 0, 0, 17), (1, 1, 1, 1), (8, 8, 8, 8)
-    SPARE = 2  # blocks of no group
+    SHAPES = ((16, 24), 8, SIZES), ((16, 24), 1, SIZES)
+    SPARE = 2  # blocks of no group, whatever the sizes
 
     def pytest_generate_tests(self, metafunc):
-        for name, values in (("sizes", self.SIZES), ("unit", self.UNITS), ("widths", self.WIDTHS)):
-            if name in metafunc.fixturenames:
-                metafunc.parametrize(name, values, ids=str)
+        if "choices" in metafunc.fixturenames:
+            ids = [f"{widths}-{unit}-{max(map(sum, choices))} rows" for widths, unit, choices in self.SHAPES]
+            metafunc.parametrize("widths, unit, choices", self.SHAPES, ids=ids)
 
-    def group_rows(self, sizes, unit):
+    def group_rows(self, sizes, unit, choices=()):
         """Whether a row is of a group, and whether it belongs to one or pads it: bool [M]."""
-        padded = -(-np.array(sizes) // unit) * unit
-        row_M = np.arange(int(padded.sum()) + self.SPARE * unit)
+        padded, *others = (-(-np.array(each) // unit) * unit for each in (sizes, *choices))
+        row_M = np.arange(max(int(each.sum()) for each in (padded, *others)) + self.SPARE * unit)
         starts = np.cumsum(padded) - padded
         of_group_M = ((row_M[:, None] >= starts) & (row_M[:, None] < starts + sizes)).any(axis=1)
         return of_group_M, row_M < padded.sum()
 
-    def rows(self, rng, sizes, unit, *width):
+    def rows(self, rng, group_rows, *width):
         """Clean rows, for a reference, and the same ones with poison in rows of no group."""
-        of_group_M, used_M = (mask.reshape(-1, *[1] * len(width)) for mask in self.group_rows(sizes, unit))
+        of_group_M, used_M = (mask.reshape(-1, *[1] * len(width)) for mask in group_rows)
         clean = np.where(of_group_M, rng.normal(size=(len(of_group_M), *width)), 0)
-        return [jnp.asarray(a, jnp.float32 if not width else self.DTYPE) for a in (clean, np.where(used_M, clean, np.nan))]
+        dtype = self.DTYPE if width else jnp.float32
+        return [jnp.asarray(np.asarray(a, dtype)) for a in (clean, np.where(used_M, clean, np.nan))]
 
     def weights(self, rng, *shape):
-        return jnp.asarray(rng.normal(size=shape) / 8, self.DTYPE)
+        return jnp.asarray(np.asarray(rng.standard_normal(shape, np.float32) / 8, self.DTYPE))
 
-    def check(self, got, wanted, used_M):
-        """Compares what is said of rows in rows of groups only."""
-        for a, b in zip(got, wanted, strict=True):
-            assert a.dtype == (jnp.float32 if a.ndim == 1 else self.DTYPE)
-            mine = used_M if a.shape[0] == len(used_M) else slice(None)
-            close(np.asarray(a, np.float32)[mine], np.asarray(b)[mine], self.BOUND)
+    def check_all(self, make, function, wanted_function, unit, choices, row_widths, weights):
+        """What `make` makes of a function of rows of these widths, weights and group sizes, for all choices of those."""
+        run, run_reference = jax.jit(make(function, unit)), in_float32(make(wanted_function, unit))
+        for seed, sizes in enumerate(choices):
+            rng, group_rows = np.random.default_rng(seed), self.group_rows(sizes, unit, choices)
+            (*rows, g), (*poisoned, poisoned_g) = zip(*(self.rows(rng, group_rows, *width) for width in row_widths))
+            sizes_E = jnp.asarray(sizes, jnp.int32)
+            wanted = run_reference(sizes_E, (*rows, *weights), g)
+            for a, b in zip(run(sizes_E, (*poisoned, *weights), poisoned_g), wanted, strict=True):
+                assert a.dtype == (jnp.float32 if a.ndim == 1 else self.DTYPE)
+                mine = group_rows[1] if a.shape[0] == len(group_rows[1]) else slice(None)
+                close(np.asarray(a, np.float32)[mine], np.asarray(b)[mine], self.BOUND, f"sizes {sizes}, {a.shape}")
 
 
-def with_gradients(function, operands, cotangent):
-    out, vjp = jax.vjp(function, *operands)
-    return out, *vjp(cotangent)
+def without_gradients(function, row_unit):
+    return lambda sizes_E, operands, _: [function(*operands, group_sizes_E=sizes_E, row_unit=row_unit)]
+
+
+def with_gradients(function, row_unit):
+    def run(sizes_E, operands, cotangent):
+        out, vjp = jax.vjp(functools.partial(function, group_sizes_E=sizes_E, row_unit=row_unit), *operands)
+        return out, *vjp(cotangent)
+
+    return run
 
 
 class GroupedMatmulCases(GroupedCases):
@@ -65,24 +102,19 @@ class GroupedMatmulCases(GroupedCases):
 
     matmul = None
 
-    def operands(self, sizes, unit, widths):
-        rng = np.random.default_rng(sum(sizes) + unit)
-        x, g = self.rows(rng, sizes, unit, widths[0]), self.rows(rng, sizes, unit, widths[1])
-        return *zip(x, g), self.weights(rng, len(sizes), *widths), jnp.asarray(sizes, jnp.int32)
-
-    def test_forward_and_gradients(self, sizes, unit, widths):
-        (x_MK, g_MF), (poisoned_x_MK, poisoned_g_MF), w_EKF, sizes_E = self.operands(sizes, unit, widths)
-        exact = [a.astype(jnp.float32) for a in (x_MK, w_EKF, g_MF)]
-        wanted = with_gradients(lambda x, w: reference.grouped_matmul(x, w, sizes_E, unit), exact[:2], exact[2])
-        matmul = functools.partial(type(self).matmul, group_sizes_E=sizes_E, row_unit=unit)
-        got = with_gradients(matmul, (poisoned_x_MK, w_EKF), poisoned_g_MF)
-        self.check(got, wanted, self.group_rows(sizes, unit)[1])
+    def test_forward_and_gradients(self, widths, unit, choices):
+        weights = [self.weights(np.random.default_rng(0), len(choices[0]), *widths)]
+        row_widths = [(width,) for width in widths]
+        self.check_all(with_gradients, type(self).matmul, reference.grouped_matmul, unit, choices, row_widths, weights)
 
     def test_nothing_of_experts_times_rows_is_made(self):
-        _, (x_MK, g_MF), w_EKF, sizes_E = self.operands(self.SIZES[0], self.UNITS[-1], self.WIDTHS[0])
-        matmul = functools.partial(type(self).matmul, group_sizes_E=sizes_E, row_unit=self.UNITS[-1])
-        text = jax.jit(lambda x, w, g: with_gradients(matmul, (x, w), g)).lower(x_MK, w_EKF, g_MF).compile().as_text()
-        assert f"[{w_EKF.shape[0]},{x_MK.shape[0]}," not in text
+        (depth, columns), unit, choices = self.SHAPES[0]
+        experts, rows = len(choices[0]), len(self.group_rows(choices[0], unit, choices)[0])
+        shapes = (rows, depth), (experts, depth, columns), (rows, columns)
+        x_MK, w_EKF, g_MF = (jax.ShapeDtypeStruct(shape, self.DTYPE) for shape in shapes)
+        run = jax.jit(with_gradients(type(self).matmul, unit))
+        text = run.lower(jax.ShapeDtypeStruct((experts,), jnp.int32), (x_MK, w_EKF), g_MF).compile().as_text()
+        assert f"[{rows}," in text and f"[{experts},{rows}," not in text
 
 
 class GroupedMlpCases(GroupedCases):
@@ -90,27 +122,18 @@ class GroupedMlpCases(GroupedCases):
 
     mlp = None
 
-    def operands(self, sizes, unit, widths):
-        rng, (model, hidden) = np.random.default_rng(sum(sizes) + unit), widths
-        rows = [self.rows(rng, sizes, unit, *width) for width in ((model,), (), (model,))]
-        shapes = [(len(sizes), *shape) for shape in ((model, hidden), (model, hidden), (hidden, model))]
-        return *zip(*rows), [self.weights(rng, *shape) for shape in shapes], jnp.asarray(sizes, jnp.int32)
+    def test_forward_and_gradients(self, widths, unit, choices):
+        self.check_mlp(with_gradients, widths, unit, choices)
 
-    def test_forward_and_gradients(self, sizes, unit, widths):
-        (x_MD, weight_M, g_MD), (*poisoned, poisoned_g_MD), experts, sizes_E = self.operands(sizes, unit, widths)
-        exact = [a.astype(jnp.float32) for a in (x_MD, weight_M, *experts)]
-        mlp = functools.partial(reference.grouped_mlp, group_sizes_E=sizes_E, row_unit=unit)
-        wanted = with_gradients(mlp, exact, g_MD.astype(jnp.float32))
-        mlp = functools.partial(type(self).mlp, group_sizes_E=sizes_E, row_unit=unit)
-        got = with_gradients(mlp, (*poisoned, *experts), poisoned_g_MD)
-        self.check(got, wanted, self.group_rows(sizes, unit)[1])
+    def test_when_not_differentiated(self):
+        for shape in self.SHAPES[:2]:
+            self.check_mlp(without_gradients, *shape)
 
-    def test_the_same_when_not_differentiated(self, sizes, unit, widths):
-        _, (x_MD, weight_M, _), experts, sizes_E = self.operands(sizes, unit, widths)
-        mlp = functools.partial(type(self).mlp, group_sizes_E=sizes_E, row_unit=unit)
-        plain, differentiated = mlp(x_MD, weight_M, *experts), jax.vjp(mlp, x_MD, weight_M, *experts)[0]
-        used_M = self.group_rows(sizes, unit)[1]
-        close(np.asarray(plain, np.float32)[used_M], np.asarray(differentiated, np.float32)[used_M], self.BOUND)
+    def check_mlp(self, make, widths, unit, choices):
+        rng, (model, hidden) = np.random.default_rng(0), widths
+        weights = [self.weights(rng, len(choices[0]), *shape) for shape in ((model, hidden), (model, hidden), (hidden, model))]
+        row_widths = (model,), (), (model,)
+        self.check_all(make, type(self).mlp, reference.grouped_mlp, unit, choices, row_widths, weights)
 
 
 class AttentionCases:
@@ -123,7 +146,7 @@ class AttentionCases:
         rng = np.random.default_rng(seed)
         nope, rope, value = self.DIMS
         shapes = [(heads, nope), (heads, rope), (heads, nope), (rope,), (heads, value)]
-        return [jnp.asarray(rng.normal(size=(batch, length, *shape)), self.DTYPE) for shape in shapes]
+        return [jnp.asarray(np.asarray(rng.normal(size=(batch, length, *shape)), self.DTYPE)) for shape in shapes]
 
     def segments(self, batch, length, seed=0):
         """One segment; packed ones; ids in no order; segments that are interrupted."""
@@ -144,15 +167,14 @@ class AttentionCases:
         self.check(self.operands(2, 37), [None])
 
     def check(self, arrays, choices_of_ids):
-        @functools.partial(jax.jit, static_argnums=0)
-        def run(attention, arrays, ids_BT):
+        def gradients(attention, arrays, ids_BT):
             out, vjp = jax.vjp(lambda *a: attention(*a, ids_BT, scale=0.1), *arrays)
             return out, *vjp(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype))
 
+        run = jax.jit(functools.partial(gradients, type(self).attention))
+        run_reference = in_float32(functools.partial(gradients, reference.mla_attention))
         for ids_BT in choices_of_ids:
-            with jax.default_matmul_precision("highest"):
-                wanted = run(reference.mla_attention, [x.astype(jnp.float32) for x in arrays], ids_BT)
-            for got_array, wanted_array in zip(run(type(self).attention, arrays, ids_BT), wanted):
+            for got_array, wanted_array in zip(run(arrays, ids_BT), run_reference(arrays, ids_BT)):
                 assert got_array.dtype == self.DTYPE
                 close(got_array, wanted_array, self.BOUND)
 
@@ -160,8 +182,10 @@ class AttentionCases:
         arrays, ids_BT = self.operands(1, 150), jnp.asarray([[1] * 70 + [2] * 80])
         attention = jax.jit(lambda *a: type(self).attention(*a, ids_BT, scale=0.1))
         hidden_T = (np.arange(150) < 70) | (np.arange(150) >= 120)
-        poisoned = [jnp.where(hidden_T.reshape(1, -1, *(1,) * (x.ndim - 2)), jnp.asarray(1e4, x.dtype), x) for x in arrays]
-        assert (attention(*arrays)[:, 70:120] == attention(*poisoned)[:, 70:120]).all()
+        hidden = [hidden_T.reshape(1, -1, *(1,) * (x.ndim - 2)) for x in arrays]
+        poisoned = [jnp.asarray(np.where(there, np.asarray(1e4, x.dtype), x)) for there, x in zip(hidden, arrays)]
+        got_BTNV, again_BTNV = (np.asarray(attention(*operands)) for operands in (arrays, poisoned))
+        assert (got_BTNV[:, 70:120] == again_BTNV[:, 70:120]).all()
 
 
 class DecodeCases:
@@ -171,7 +195,6 @@ class DecodeCases:
     DTYPE, DIMS, BOUND = jnp.float32, (24, 8), 1e-5
     # Tokens, heads, and for each request the position of its last token: -1 is an empty slot.
     SHAPES = (
-        (1, 128, (0, 62, 63, 64, 1000)),
         (1, 16, (700, -1, 127, 128, 5, -1)),
         (1, 5, (255, 256)),
         (2, 16, (90, 1, 640)),
@@ -180,7 +203,7 @@ class DecodeCases:
         (2, 128, (129, 200, 7)),
         (1, 64, (5000,)),
         (1, 16, (5000,)),
-        (1, 128, tuple(range(-1, 900, 31))),
+        (1, 128, (0, 62, 63, 64, 1000, *range(-1, 900, 31))),
     )
 
     def operands(self, tokens, heads, last, seed=0):
@@ -197,18 +220,18 @@ class DecodeCases:
                 rows = rng.normal(size=(64 * count, pages.shape[2]))
                 rows[last[b] + 1 :] = 1000
                 pages[table_BP[b, :count]] = rows.reshape(count, 64, pages.shape[2])
-        pages = latent_pages.LatentPages(jnp.asarray(latent_PSC, self.DTYPE), jnp.asarray(rope_PSR, self.DTYPE), None)
+        pages = (jnp.asarray(np.asarray(pages_PSX, self.DTYPE)) for pages_PSX in (latent_PSC, rope_PSR))
         q_latent_BTNC, q_rope_BTNR = (
-            jnp.asarray(rng.normal(size=(len(last), tokens, heads, dim)), self.DTYPE) for dim in self.DIMS
+            jnp.asarray(np.asarray(rng.normal(size=(len(last), tokens, heads, dim)), self.DTYPE)) for dim in self.DIMS
         )
         positions_BT = last[:, None] - np.arange(tokens)[::-1]  # the first ones of a short request see nothing
-        return q_latent_BTNC, q_rope_BTNR, pages, jnp.asarray(table_BP), jnp.asarray(np.maximum(positions_BT, -1), jnp.int32)
+        positions_BT = jnp.asarray(np.maximum(positions_BT, -1), jnp.int32)
+        return q_latent_BTNC, q_rope_BTNR, latent_pages.LatentPages(*pages, None), jnp.asarray(table_BP), positions_BT
 
     def check(self, operands, **kwargs):
-        got_BTNC = type(self).decode(*operands, scale=0.2, **kwargs)
-        exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == self.DTYPE else x, operands)
+        got_BTNC = jax.jit(functools.partial(type(self).decode, scale=0.2))(*operands, **kwargs)
         assert got_BTNC.dtype == self.DTYPE
-        close(got_BTNC, reference.mla_decode(*exact, scale=0.2), self.BOUND)
+        close(got_BTNC, in_float32(functools.partial(reference.mla_decode, scale=0.2))(*operands), self.BOUND)
 
     @pytest.mark.parametrize("tokens, heads, last", SHAPES)
     def test_equals_the_reference(self, tokens, heads, last):
@@ -231,7 +254,7 @@ class QuantisedDecodeCases(DecodeCases):
 
     def operands(self, tokens, heads, last, seed=0):
         q_latent_BTNC, q_rope_BTNR, pages, *rest = super().operands(tokens, heads, last, seed)
-        latent, scale = latent_pages.pack(pages.latent, self.FORMAT)
+        latent, scale = jax.jit(latent_pages.pack, static_argnums=1)(pages.latent, self.FORMAT)
         return q_latent_BTNC, q_rope_BTNR, latent_pages.LatentPages(latent, pages.rope, scale), *rest
 
 
@@ -239,34 +262,37 @@ class Fp8GroupedMatmulCases(GroupedCases):
     """`matmul` has `reference.grouped_matmul_fp8`'s signature, and its result in bfloat16."""
 
     matmul = None
-    DTYPE, WIDTHS, UNITS = jnp.bfloat16, ((256, 384),), (8, 32)
+    DTYPE = jnp.bfloat16
     SIZES = (5, 0, 8, 3), (0, 0, 0, 0), (70, 0, 130, 129)
+    SHAPES = ((256, 384), 8, SIZES), ((256, 384), 32, SIZES)
 
-    def operands(self, sizes, unit, widths):
+    def operands(self, group_rows, experts, widths):
         """Rows for the reference, rows with poison, and weights; the magnitudes of blocks differ."""
         rng = np.random.default_rng(0)
         depth, columns = widths
-        rows = self.rows(rng, sizes, unit, depth)
+        rows = self.rows(rng, group_rows, depth)
         factor_MK = np.repeat(np.exp(rng.normal(size=(len(rows[0]), depth // 128))), 128, axis=1)
-        factor_EK1 = np.repeat(np.exp(rng.normal(size=(len(sizes), depth // 128, 1))), 128, axis=1)
-        w_EKF = self.weights(rng, len(sizes), depth, columns) * jnp.asarray(factor_EK1, self.DTYPE)
-        return *(x * jnp.asarray(factor_MK, self.DTYPE) for x in rows), w_EKF, jnp.asarray(sizes, jnp.int32)
+        factor_EK1 = np.repeat(np.exp(rng.normal(size=(experts, depth // 128, 1))), 128, axis=1)
+        w_EKF = self.weights(rng, experts, depth, columns) * jnp.asarray(factor_EK1, self.DTYPE)
+        return *(x * jnp.asarray(factor_MK, self.DTYPE) for x in rows), w_EKF
 
-    def test_multiplies_what_the_8_bit_operands_stand_for(self, sizes, unit, widths):
-        clean_MK, poisoned_MK, w_EKF, sizes_E = self.operands(sizes, unit, widths)
-        clean, poisoned, w = jax.jit(lambda *a: (*map(quantise_rows, a[:2]), quantise_weights(a[2])))(
-            clean_MK, poisoned_MK, w_EKF
-        )
-        got_MF = type(self).matmul(poisoned, w, sizes_E, row_unit=unit)
-        with jax.default_matmul_precision("highest"):
-            wanted_MF = jax.jit(reference.grouped_matmul_fp8, static_argnums=3)(clean, w, sizes_E, unit)
-        used_M = self.group_rows(sizes, unit)[1]
-        assert got_MF.dtype == jnp.bfloat16
-        close(got_MF[used_M], wanted_MF[used_M], 2.5e-3)  # bfloat16's rounding is 1.7e-3
+    def test_multiplies_what_the_8_bit_operands_stand_for(self, widths, unit, choices):
+        quantise = jax.jit(lambda *a: (*map(quantise_rows, a[:2]), quantise_weights(a[2])))
+        matmul = jax.jit(functools.partial(type(self).matmul, row_unit=unit))
+        wanted_matmul = in_float32(functools.partial(reference.grouped_matmul_fp8, row_unit=unit))
+        for sizes in choices:
+            group_rows, sizes_E = self.group_rows(sizes, unit, choices), jnp.asarray(sizes, jnp.int32)
+            clean, poisoned, w = quantise(*self.operands(group_rows, len(sizes), widths))
+            got_MF, wanted_MF = (np.asarray(a) for a in (matmul(poisoned, w, sizes_E), wanted_matmul(clean, w, sizes_E)))
+            assert got_MF.dtype == jnp.bfloat16
+            used_M = group_rows[1]
+            close(got_MF[used_M], wanted_MF[used_M], 2.5e-3, f"sizes {sizes}")  # bfloat16's rounding is 1.7e-3
 
-    def test_is_near_the_product_of_the_operands(self, unit):
-        clean_MK, poisoned_MK, w_EKF, sizes_E = self.operands((70, 0, 33), unit, self.WIDTHS[0])
-        got_MF = type(self).matmul(poisoned_MK, quantise_weights(w_EKF), sizes_E, row_unit=unit)
-        operands = clean_MK.astype(jnp.float32), w_EKF.astype(jnp.float32)
-        used_M = self.group_rows((70, 0, 33), unit)[1]
-        close(got_MF[used_M], reference.grouped_matmul(*operands, sizes_E, row_unit=unit)[used_M], 0.05)
+    def test_is_near_the_product_of_the_operands(self):
+        sizes, (widths, unit, _) = (70, 0, 33), self.SHAPES[0]
+        group_rows, sizes_E = self.group_rows(sizes, unit), jnp.asarray(sizes, jnp.int32)
+        clean_MK, poisoned_MK, w_EKF = self.operands(group_rows, len(sizes), widths)
+        matmul = jax.jit(lambda x, w: type(self).matmul(x, quantise_weights(w), sizes_E, row_unit=unit))
+        wanted_matmul = in_float32(functools.partial(reference.grouped_matmul, row_unit=unit))
+        got_MF, wanted_MF = (np.asarray(a) for a in (matmul(poisoned_MK, w_EKF), wanted_matmul(clean_MK, w_EKF, sizes_E)))
+        close(got_MF[group_rows[1]], wanted_MF[group_rows[1]], 0.05)

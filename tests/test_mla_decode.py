@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import decode_schedule, latent_pages, mla_decode
 from pallas_kernels.decode_schedule import BLOCK, OVERHEAD, make_schedule
-from tests.kernel_cases import DecodeCases
+from tests.kernel_cases import DecodeCases, assert_repeats
 
 
 class TestXla(DecodeCases):
@@ -22,10 +22,7 @@ class TestPallas(DecodeCases):
     @pytest.mark.parametrize("tokens, heads", [(1, 128), (1, 16)])
     def test_repeats_bit_for_bit(self, tokens, heads):
         operands = self.operands(tokens, heads, tuple(np.random.default_rng(1).integers(0, 6000, 40)))
-        decode = jax.jit(lambda *a: type(self).decode(*a, scale=0.2))
-        first = decode(*operands)
-        for _ in range(100):
-            assert (decode(*operands) == first).all()
+        assert_repeats(jax.jit(lambda *a: type(self).decode(*a, scale=0.2)), *operands)
 
 
 def test_a_forced_kernel_says_why_it_cannot_run():

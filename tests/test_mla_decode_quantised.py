@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_schedule, latent_pages, mla_decode, mla_decode_quantised
-from tests.kernel_cases import QuantisedDecodeCases, close
+from tests.kernel_cases import QuantisedDecodeCases, assert_repeats, close
 
 
 @pytest.mark.gpu
@@ -16,10 +16,7 @@ class TestPallasFp8(QuantisedDecodeCases):
 
     def test_repeats_bit_for_bit(self):
         operands = self.operands(1, 16, tuple(np.random.default_rng(1).integers(0, 6000, 300)))
-        decode = jax.jit(lambda *a: type(self).decode(*a, scale=0.2))
-        first = decode(*operands)
-        for _ in range(100):
-            assert (decode(*operands) == first).all()
+        assert_repeats(jax.jit(lambda *a: type(self).decode(*a, scale=0.2)), *operands)
 
 
 @pytest.mark.gpu
