@@ -1,16 +1,12 @@
 """Conversion at real size against a plain file copy: `python -m benchmarks.convert_at_size --dir=DIR [--layers=12] [--pairs=1]`.
 
-Makes a checkpoint of V2-Lite's true shapes with random bits (12 layers: 14 GB), then for each direction copies the input's files
+Makes a checkpoint of V2-Lite's true shapes with random weights (12 layers: 14 GB), then for each direction copies the input's files
 and converts it, in turn, both from a cold page cache and until the bytes are on the disk. Stages are deleted as it goes: DIR
 needs room for three. At the end every tensor's bytes are compared with the first checkpoint's. Peak anonymous memory is that
 of the converting process (RssAnon, sampled every 20 ms), Python and its libraries included.
 """
 
 import dataclasses
-import hashlib
-import itertools
-import json
-import math
 import os
 import shutil
 import statistics
@@ -20,43 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags
 
+from benchmarks.random_checkpoint import digest, make
 from dsv2_jax.config import v2_lite
-from dsv2_jax.hugging_face import INDEX, layout
-from dsv2_jax.tensor_files import DTYPES, create_tensors, read_tensors
+from dsv2_jax.tensor_files import read_tensors
 
 DIR = flags.DEFINE_string("dir", None, "Where to write; needs 3.3 GB a layer.", required=True)
 LAYERS = flags.DEFINE_integer("layers", 12, "Layers of the checkpoint.", lower_bound=2)
 PAIRS = flags.DEFINE_integer("pairs", 1, "How often copy and conversion are timed in each direction.", lower_bound=1)
-SHARD_BYTES = 4_000_000_000
-
-
-def make(directory: Path, layers: int) -> dict[str, str]:
-    """Writes the checkpoint, several shards of it; returns the digest of every tensor."""
-    config = dataclasses.replace(v2_lite(), num_hidden_layers=layers)
-    directory.mkdir()
-    noise = np.random.default_rng(0).integers(0, 2**16, 102400 * 2048 + 2**20, np.uint16)  # a tensor begins anywhere in it
-    shapes = {name: tensor.shape for name, tensor in layout(config).items()}
-    ends = itertools.accumulate(2 * math.prod(shape) for shape in shapes.values())
-    shard_of = {name: f"model-{end // SHARD_BYTES + 1:05}.safetensors" for name, end in zip(shapes, ends)}
-    digests = {}
-    for shard, names in itertools.groupby(shapes, key=shard_of.get):
-        names = list(names)
-        with create_tensors(directory / shard, {name: (shapes[name], DTYPES["BF16"]) for name in names}) as write:
-            for name in names:
-                start = len(digests) * 7919 % 2**20
-                tensor = noise[start : start + math.prod(shapes[name])].reshape(shapes[name]).view(DTYPES["BF16"])
-                write(name, tensor)
-                digests[name] = digest(tensor)
-    (directory / "config.json").write_text(json.dumps(config.to_hf("bfloat16")))
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
-    return digests
-
-
-def digest(tensor: np.ndarray) -> str:
-    return hashlib.sha1(memoryview(tensor.reshape(-1).view(np.uint8)), usedforsecurity=False).hexdigest()
 
 
 def cold(directory: Path) -> None:
@@ -97,7 +65,7 @@ def converted(source: Path, target: Path, to: str) -> tuple[float, int]:
 def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=DIR.value) as scratch:
         stages = [Path(scratch) / name for name in ("source", "native", "hf")]
-        digests = make(stages[0], LAYERS.value)
+        digests = make(stages[0], dataclasses.replace(v2_lite(), num_hidden_layers=LAYERS.value))
         size = sum(file.stat().st_size for file in stages[0].iterdir())
         print(
             f"{LAYERS.value} layers, {len(digests)} tensors, {size / 1e9:.2f} GB, {len(list(stages[0].glob('*.safetensors')))} shards"

@@ -2,8 +2,7 @@
 
     python -m benchmarks.mla_decode_quantised
 
-Each ratio is bfloat16's time over ours: the median, the least and the most of alternating pairs. Rotating 6-bit queries and
-outputs is part of our time.
+Each ratio is bfloat16's time over ours: the median, the least and the most of alternating pairs.
 """
 
 import jax

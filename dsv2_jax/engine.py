@@ -386,7 +386,9 @@ class Engine:
                 by_device[answer.device].append(answer)
         if not any(by_device):
             return
-        rows = bucket(max(map(len, by_device)), LEAST)
+        rows = bucket(self._max_batch, LEAST)
+        while rows >= 4 * max(LEAST, *map(len, by_device)):  # few programs: each takes up to a minute to compile
+            rows //= 4
         pages = table_width(max(len(answer.pages) for answers in by_device for answer in answers), self._tables.shape[2])
         rows_BX = np.full((self._devices, rows, 2 + pages), -1, np.int32)
         for device, mine in enumerate(by_device):
