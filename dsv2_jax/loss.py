@@ -10,7 +10,7 @@ from dsv2_jax.model import Decoder, head_logits
 from pallas_kernels.einsum import einsum_float32
 from sharding import specs
 
-CHUNK = 1024  # positions whose logits exist at a time; beyond 16 chunks they grow instead
+CHUNK = 2048  # positions whose logits exist at a time; beyond 16 chunks they grow instead
 
 
 def log_probs(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
