@@ -10,7 +10,7 @@ from dsv2_jax.model import Decoder, head_logits
 from pallas_kernels.einsum import einsum_float32
 from sharding import specs
 
-CHUNK = 1024  # positions whose logits exist at a time; beyond 16 chunks they grow instead
+CHUNK = 2048  # positions whose logits exist at a time; beyond 16 chunks they grow instead
 
 
 def log_probs(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -71,9 +71,17 @@ _log_likelihood.defvjp(_forward, _backward)
 
 
 def _log_probs(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The targets' log-probabilities, and the logarithm of the sum of all exponentials."""
-    log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return pick(logits_BTV, targets_BT) - log_sum_BT, log_sum_BT
+    """The targets' log-probabilities, and the logarithm of the sum of all exponentials, in one pass over the logits."""
+
+    def join(a, b):  # a maximum, and the sum of the exponentials below it
+        (max_a, sum_a), (max_b, sum_b) = a, b
+        less = jnp.exp(-jnp.abs(max_a - max_b))
+        return jnp.maximum(max_a, max_b), jnp.where(max_a > max_b, sum_a + sum_b * less, sum_a * less + sum_b)
+
+    nothing = jnp.finfo(logits_BTV.dtype).min, jnp.zeros((), logits_BTV.dtype)
+    max_BT, sum_BT = jax.lax.reduce((logits_BTV, jnp.ones_like(logits_BTV)), nothing, join, (logits_BTV.ndim - 1,))
+    log_sum_BT = max_BT + jnp.log(sum_BT)
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0] - log_sum_BT, log_sum_BT
 
 
 def _after(hidden, results) -> tuple:

@@ -130,7 +130,9 @@ class Decoder(nnx.Module):
             policy = jax.checkpoint_policies.save_only_these_names(*kept, *([PRODUCT] if remat == "elementwise" else []))
             if remat == "elementwise":
                 policy = jax.checkpoint_policies.save_from_both_policies(policy, jax.checkpoint_policies.dots_saveable)
-            layer_step = jax.checkpoint(layer_step, policy=policy)
+            # No barrier between the passes, before which a GPU would copy each layer's weights and what was kept out of their
+            # stacks: as two loops they are not merged anyway (of a stack of one layer, no loop, all may be kept).
+            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
         elif regather:
             layer_step = jax.checkpoint(layer_step, policy=specs.keep_all_but_gathered)
         stats, first = [], 0

@@ -50,12 +50,20 @@ def test_value_and_gradient_are_those_of_plain_autodiff(monkeypatch, chunk, mesh
     close(3 * (weights_BT * jax.device_get(log_probs_BT)).sum(), wanted[0])
 
 
-def test_bfloat16_gradients_are_sums_in_float32():
+def test_huge_logits_do_not_overflow():
+    head, hidden_BTD, targets_BT, _ = operands(jnp.float32)
+    logits_BTV = hidden_BTD @ head.w_head * 1e4
+    wanted = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV, axis=-1), targets_BT[..., None], -1)[..., 0]
+    close(loss.log_probs(head, hidden_BTD * 1e4, targets_BT), wanted)
+
+
+def test_bfloat16_gradients_are_sums_in_float32(monkeypatch):
     """Many chunks: a sum of their gradients that is rounded each time would be off by far more than one rounding."""
+    monkeypatch.setattr(loss, "CHUNK", 1)  # as many as there can be: 13
     head, *rest = operands(jnp.bfloat16)
     head32 = Head(head.w_head.astype(jnp.float32))
     rest32 = [rest[0].astype(jnp.float32), *rest[1:]]
-    got = jax.grad(loss.log_likelihood)(head, *rest).w_head
-    wanted = jax.grad(loss.log_likelihood)(head32, *rest32).w_head
+    got = jax.jit(jax.grad(loss.log_likelihood))(head, *rest).w_head
+    wanted = jax.jit(jax.grad(loss.log_likelihood))(head32, *rest32).w_head
     assert got.dtype == jnp.bfloat16
     close(got.astype(jnp.float32), wanted, 4e-3)
