@@ -7,9 +7,10 @@ are computed together with the last values of the tile before, which leaves whil
 
 A tile is one program's alone and summed in a fixed order: the same operands give the same bits, whoever takes it.
 
-On an H200 at its power limit, medians of 9 rounds in which the variants took turns (TFLOP/s, and cuDNN's time through PyTorch over
-ours): 589 and 1.17 at 2 x 4096 x 128 heads, 536 and 1.17 at 4 x 4096 x 16, 696 and 1.30 at 1 x 16384 x 64; with one segment id for
-all, 554 and 500 at the first two. Energy sets the pace: with a maximum and a scaling for each block, 530, 508 and 577.
+On an H200 at its power limit, cuDNN's time through PyTorch over ours, all in the same run: 1.25 at 2 x 4096 x 128 heads, 1.33 at
+4 x 4096 x 16 and 1.27 at 1 x 16384 x 64; with one segment id for all, 1.28, 1.27 and 1.28. With the causal mask from the row and
+the column of every score, whose numbers were spilled, 1.18 and 1.21 at the first two. Energy sets the pace: in an earlier run a
+maximum and a scaling for each block took the three from 589, 536 and 696 TFLOP/s to 530, 508 and 577.
 Letters: see reference.py; S the length in whole blocks, K blocks of keys, Q of queries.
 """
 
@@ -272,36 +273,43 @@ class _Rows(NamedTuple):
     def tile(self, out_acc, turn, step, last, tile, probs, top, total):
         """The first block of a tile, together with the end of the last tile; then the other blocks."""
         shared, more = self.shared, tile.more > 0
-        upcoming = self.take(turn + 1, more)
         plgpu.barrier_wait(shared.q_full.at[self.mine])
         pl.when(turn > 0)(lambda: plgpu.barrier_wait(shared.v_full.at[_before(step)]))
         scores = self.multiply(out_acc, probs, step)
         pl.when((tile.keys == 1) & more)(lambda: plgpu.barrier_arrive(shared.q_free.at[self.mine]))
-        row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=WGMMA)
-        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=WGMMA)
-        scores = self.hide(jnp.where(row + self.mine * HALF >= column, scores, -jnp.inf), tile, 0)
+        # From vectors: the numbers of all the scores would be kept over the loop, and spilled.
+        row = spread(plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW) + self.mine * HALF, scores.shape)
+        column = spread(plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=COL), scores.shape, 1)
+        scores = jnp.where(row >= column, scores, -jnp.inf)
+        if self.ids_gmem:
+            scores = lax.cond(tile.clear == 0, lambda: self.hide(scores, tile, 0), lambda: scores)
         first_top = scores.max(axis=1) * self.scale_log2
         first_probs, first_total = self.weigh(scores, first_top)
-        out = self.summed(out_acc, probs, step, more)
+        out = self.summed(out_acc, step, more)
 
         @pl.when(turn > 0)
         def _():
             plgpu.barrier_arrive(shared.v_free.at[_before(step)])
+            self.spare(probs, step)
             self.leave(out, top, total, last)
 
         out_acc[...] = plgpu.layout_cast(jnp.zeros((HALF, VALUE), jnp.float32), WGMMA)
         state = first_probs, first_top, first_total
-        state = lax.fori_loop(1, tile.keys, functools.partial(self.block, out_acc, step, tile), state)
-        return more, (turn + 1, step + tile.keys, tile, upcoming, *state)
+        clear = jnp.maximum(tile.clear, 1) if self.ids_gmem else tile.keys
+        state = lax.fori_loop(1, clear, functools.partial(self.block, out_acc, step, tile, False), state)
+        if self.ids_gmem:  # a loop of the masked blocks' own: to jump over a mask's instructions cost the clear ones 6%
+            state = lax.fori_loop(clear, tile.keys, functools.partial(self.block, out_acc, step, tile, True), state)
+        return more, (turn + 1, step + tile.keys, tile, self.take(turn + 1, more), *state)
 
-    def block(self, out_acc, step, tile, k, state):
+    def block(self, out_acc, step, tile, masked, k, state):
         """Block k of the keys, which is that of step + k, and the values of the block before."""
         shared, step = self.shared, step + k
         probs, top, total = state
         plgpu.barrier_wait(shared.v_full.at[_before(step)])
         scores = self.multiply(out_acc, probs, step)
         pl.when(k == tile.keys - 1)(lambda: plgpu.barrier_arrive(shared.q_free.at[self.mine]))
-        scores = self.hide(scores, tile, k)
+        if masked:
+            scores = self.hide(scores, tile, k)
         new_probs, sums = self.weigh(scores, top)
         # Relative to the largest score of the first block exponentials may grow, up to an overflow: floating point does not mind.
         # So no block needs its maximum, and the sums no scaling, which is a third of the instructions and their energy.
@@ -312,11 +320,16 @@ class _Rows(NamedTuple):
             return *self.weigh(scores, new_top), new_top
 
         new_probs, sums, new_top = lax.cond(grown, again, lambda: (new_probs, sums, top))
-        factor = jnp.exp2(top - new_top)
-        out = self.summed(out_acc, probs, step)
+        out = self.summed(out_acc, step)
         plgpu.barrier_arrive(shared.v_free.at[_before(step)])
-        out_acc[...] = lax.cond(grown, lambda: out * spread(factor, out.shape), lambda: out)
-        return new_probs, new_top, total * spread(factor, total.shape) + sums
+
+        def rescaled():
+            self.spare(probs, step)
+            factor = jnp.exp2(top - new_top)
+            return out * spread(factor, out.shape), total * spread(factor, total.shape)
+
+        out_acc[...], total = lax.cond(grown, rescaled, lambda: (out, total))
+        return new_probs, new_top, total + sums
 
     def multiply(self, out_acc, probs, step):
         """Scores of the block of this step, and the weighted sum of the values of the one before, which may still be running."""
@@ -334,31 +347,29 @@ class _Rows(NamedTuple):
         plgpu.barrier_arrive(shared.k_free.at[_slot(step)])
         return scores
 
-    def summed(self, out_acc, probs, step, more=True):
+    def summed(self, out_acc, step, more=True):
         """The sum that `multiply` began, once it is done."""
         # This wait ends the basic block of the exponentials. In one block the compiler has them wait for the sum.
         pl.when(more)(lambda: plgpu.barrier_wait(self.shared.k_full.at[_slot(step + 1)]))
-        out = plgpu.wgmma_accumulator_load(out_acc, wait_n=0)
+        return plgpu.wgmma_accumulator_load(out_acc, wait_n=0)
 
-        # Never. wgmma reads `probs` until here, which ptxas 13.0 does not know: without a later use it puts the next ones into the
-        # same registers, and now and then they are summed in place of these.
+    def spare(self, probs, step):
+        """A use of `probs` after `summed`, that never happens: until there wgmma reads them, which ptxas 13.0 does not know.
+
+        Without a later use it puts the next ones into the same registers, and now and then they are summed in place of these.
+        """
+
         @pl.when(step < 0)
         def _():
             for half in (0, VALUE // 2):
                 self.shared.out[self.mine] = probs[:, half : half + VALUE // 2]
 
-        return out
-
     def hide(self, scores, tile, k):
-        """Scores of other segments' keys become -inf; those of clear blocks have none."""
-
-        def by_id(scores):
-            ids = self.ids_gmem[0].at[tile.row]
-            query_ids = plgpu.load(ids.at[pl.ds(tile.query * BLOCK + self.mine * HALF, HALF)], layout=ROW, optimized=False)
-            key_ids = plgpu.load(ids.at[pl.ds((tile.query - k) * BLOCK, BLOCK)], layout=COL, optimized=False)
-            return jnp.where(spread(query_ids, scores.shape) == spread(key_ids, scores.shape, 1), scores, -jnp.inf)
-
-        return lax.cond(k >= tile.clear, by_id, lambda scores: scores, scores) if self.ids_gmem else scores
+        """Scores of other segments' keys become -inf."""
+        ids = self.ids_gmem[0].at[tile.row]
+        query_ids = plgpu.load(ids.at[pl.ds(tile.query * BLOCK + self.mine * HALF, HALF)], layout=ROW, optimized=False)
+        key_ids = plgpu.load(ids.at[pl.ds((tile.query - k) * BLOCK, BLOCK)], layout=COL, optimized=False)
+        return jnp.where(spread(query_ids, scores.shape) == spread(key_ids, scores.shape, 1), scores, -jnp.inf)
 
     def weigh(self, scores, top):
         """The exponentials relative to `top`; and their sums over every eighth column, all that a thread has of a row."""
