@@ -1,22 +1,21 @@
 """Grouped matmul of 8-bit floats for Hopper: rows in expert order, each times its own expert's matrix, partial sums in float32.
 
-A tile is up to 128 rows by 256 columns, 128 for each of two consumers. A consumer multiplies 64 rows by 128 columns by 128 of K
-into a fresh partial sum, passes the turn to multiply to the other, and adds the sum, scaled, to its result. Taking turns also
-keeps the compiler from giving two partial sums registers of their own, which do not fit: spilling, it took 750 TFLOP/s.
+A tile is up to 192 rows by 128 columns, 64 rows for each of three consumers. A consumer multiplies its rows by 128 of K into a
+fresh partial sum, and adds that, scaled, to its result while the others multiply. Rows are wgmma's M operand, so that a thread
+holds two rows and needs the scales of two: with the weights there, as the bfloat16 kernel has them, every column has a scale of
+its own, and loading and applying those took a kernel from 1370 to 1080 TFLOP/s (operands lying in shared memory). Where experts have
+few rows there is one consumer, and the room goes to more stages: all that counts is to read the weights.
 
-Rows are wgmma's M operand, so that a thread holds two rows and needs the scales of two. With the weights there, as the bfloat16
-kernel has them, every column has a scale of its own: loading and applying those took a kernel from 1370 to 1080 TFLOP/s (operands
-lying in shared memory).
-
-On one H200, useful rows, against our bfloat16 kernel in alternation: V2-Lite 98304 x 2048 x (64 x) 2816 1057 TFLOP/s, 1.53 times
-(1.45 to 1.60); V2 49152 x 5120 x (160 x) 3072 906, 1.51 (1.40 to 1.54); another run had 1016 and 897, 1.53 and 1.49. V2's decode of
-1536 rows took 651 us, where reading the weights takes 585. The chip is at its 700 W, with 1.55 to 1.59 GHz and 1.40 to 1.44 GHz,
-and of that the useful products are 60%; V2's experts also pad their 307 rows to multiples of 64, by a tenth.
+On one H200, useful rows, and times as fast as our bfloat16 kernel in the same run: V2-Lite 98304 x 2048 x (64 x) 2816 1084 us (1046
+TFLOP/s), 1.62; V2 49152 x 5120 x (160 x) 3072 1696 us (912), 1.47. Two consumers of 128 rows by 128 columns that took turns had
+1168 us, 1.46, and 1745 us, 1.43, in these runs. Decode: V2-Lite's 384 rows 109 us, 1.74; V2's 1536 rows 618 us, where reading the
+weights takes 585. The chip is at its 700 W; V2's experts also pad their 307 rows to multiples of 64, by a tenth.
 
 Letters: M rows, K and F matmul dims, E experts, G and H blocks of 128 columns in K and F. Kernel-side names: x rows, w weights.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,129 +26,123 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tickets
 from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, spread, swizzled, vary_like
 
-STEP = 128  # of the contraction: columns under one scale, 128 bytes, one swizzled row
-WAVE = 64  # rows of one partial sum: wgmma's M
-ROWS, COLUMNS = 128, 256  # of a tile
-STAGES = 3
-SLOTS = 4  # blocks of 64 x 64 that a consumer can be storing: all of its tile
+BLOCK = 128  # columns under one scale; of e4m3, one swizzled row
+WAVE = 64  # rows of a consumer: wgmma's M
+SLOTS = 2  # blocks of 64 x 64 that a consumer can be storing
 
 
 @functools.partial(jax.jit, static_argnames="row_unit")  # a model's many products of a few shapes: each is lowered once
 def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     """The grouped product of Fp8Rows and Fp8Weights in bfloat16, [M, F]. Rows of no group do not matter and are not written."""
     (rows, depth), (experts, columns, _) = x.values_MK.shape, w.values_EFK.shape
-    steps, column_tiles = depth // STEP, pl.cdiv(columns, COLUMNS)
-    table, count = tile_table(group_sizes_E, row_unit, column_tiles, (rows // ROWS + experts) * column_tiles)
-    # TMA wants rows of a multiple of 16 bytes; four scales of consecutive blocks come at a time.
+    consumers, stages = tiling(rows, experts)
+    tile_rows = consumers * WAVE
+    steps, column_tiles = depth // BLOCK, columns // BLOCK
+    capacity = (rows // tile_rows + experts) * column_tiles
+    table, count = tile_table(group_sizes_E, row_unit, tile_rows, column_tiles, capacity)
+    # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
     w_scales_EHG = jnp.pad(w.scales_EHG, ((0, 0), (0, 0), (0, -steps % 4)))
-    piece = min(row_unit, WAVE)
+    piece = math.gcd(row_unit, WAVE)
 
     def body(
         x_gmem, xs_gmem, w_gmem, ws_gmem, table_gmem, count_gmem, out_gmem, x_smem, xs_smem, w_smem, ws_smem, out_smem, *rest
     ):
-        full, free, turn, *ring = rest
+        full, free, *ring = rest
         wg = lax.axis_index("wg")
 
         def stage(step):
-            return lax.rem(step, jnp.int32(STAGES))
+            return lax.rem(step, jnp.int32(stages))
 
-        def per_height(height, f):  # TMA boxes are static
-            pl.when(height > WAVE)(lambda: f(2))
-            pl.when(height <= WAVE)(lambda: f(1))
-
-        @pl.when(wg == 2)
+        @pl.when(wg == consumers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def tile(fields, before):
-                expert, first, column, height = fields
-                first = pl.multiple_of(first, 8)
-
-                def load(waves):
-                    def step(k, _):
-                        s, ks = stage(before + k), pl.ds(k * STEP, STEP)
-                        pl.when(before + k >= STAGES)(lambda: plgpu.barrier_wait(free.at[s]))
-                        # Rows past the tile's own are another expert's, or none's: multiplied, and not stored.
-                        there = pl.ds(first, waves * WAVE)
-                        here = pl.ds(0, waves * WAVE)
-                        cols = pl.ds(column * COLUMNS, COLUMNS)
-                        blocks = pl.ds(column * 2, 2), pl.ds(pl.multiple_of(k // 4 * 4, 4), 4)
-                        plgpu.copy_gmem_to_smem(w_gmem.at[expert, cols, ks], w_smem.at[s], full.at[s])
-                        plgpu.copy_gmem_to_smem(x_gmem.at[there, ks], x_smem.at[s, here], full.at[s])
-                        plgpu.copy_gmem_to_smem(xs_gmem.at[k, there], xs_smem.at[s, here], full.at[s])
-                        plgpu.copy_gmem_to_smem(ws_gmem.at[expert, *blocks], ws_smem.at[s, pl.ds(0, 2)], full.at[s])
-
-                    lax.fori_loop(0, steps, step, None)
-
-                per_height(height, load)
-                return before + steps
+            plgpu.set_max_registers(32, action="decrease")
 
             def describe(ticket):
                 return [table_gmem[i, ticket] for i in range(4)]
 
+            def tile(fields, before):
+                expert, first, column, height = fields
+
+                def load(waves):
+                    # Rows past the tile's own are another expert's, or none's: multiplied, and not stored.
+                    there, here = pl.ds(pl.multiple_of(first, 8), waves * WAVE), pl.ds(0, waves * WAVE)
+
+                    def step(k, _):
+                        s, ks, four = stage(before + k), pl.ds(k * BLOCK, BLOCK), pl.ds(pl.multiple_of(k // 4 * 4, 4), 4)
+                        pl.when(before + k >= stages)(lambda: plgpu.barrier_wait(free.at[s]))
+                        w = w_gmem.at[expert, pl.ds(column * BLOCK, BLOCK), ks]
+                        plgpu.copy_gmem_to_smem(w, w_smem.at[s], full.at[s])
+                        plgpu.copy_gmem_to_smem(x_gmem.at[there, ks], x_smem.at[s, here], full.at[s])
+                        plgpu.copy_gmem_to_smem(xs_gmem.at[k, there], xs_smem.at[s, here], full.at[s])
+                        plgpu.copy_gmem_to_smem(ws_gmem.at[expert, column, four], ws_smem.at[s, pl.ds(0, 4)], full.at[s])
+
+                    lax.fori_loop(0, steps, step, None)
+
+                for waves in range(1, consumers + 1):  # TMA boxes are static
+                    pl.when(-(-height // WAVE) == waves)(lambda waves=waves: load(waves))
+                return before + steps
+
             done, finish = tickets.lead(describe, tile, jnp.int32(0), count_gmem[0], ring)
             finish()
-            drain(free, done, STAGES)
+            drain(free, done, stages)
 
-        @pl.when(wg < 2)
+        @pl.when(wg < consumers)
         def _():
-            plgpu.set_max_registers(232, action="increase")
-            pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            plgpu.set_max_registers(160 if consumers == 3 else 240, action="increase")
 
             def tile(fields, _, before):
                 _, first, column, height = fields
-                first = pl.multiple_of(first, 8)
+                first, height = pl.multiple_of(first, 8) + wg * WAVE, height - wg * WAVE
+                mine = pl.ds(pl.multiple_of(wg * WAVE, WAVE), WAVE)
 
-                def compute(waves):
-                    def step(k, sums):
+                def compute():
+                    def step(k, total):
                         s = stage(before + k)
                         plgpu.barrier_wait(full.at[s])
-                        w_scale = ws_smem[s, wg, lax.rem(k, jnp.int32(4))]
-                        added = []
-                        for wave, total in enumerate(sums):
-                            here = pl.ds(wave * WAVE, WAVE)
-                            scale = plgpu.load(xs_smem.at[s, here], layout=ROW) * w_scale
-                            plgpu.barrier_wait(turn.at[wg])
+                        scale = plgpu.load(xs_smem.at[s, mine], layout=ROW) * ws_smem[s, lax.rem(k, jnp.int32(4))]
 
-                            def multiply(partial, here=here):
-                                columns = w_smem.at[s, pl.ds(wg * 128, 128)].transpose((1, 0))
-                                plgpu.wgmma(partial, x_smem.at[s, here], columns)
-                                plgpu.barrier_arrive(turn.at[1 - wg])
-                                return partial[...]
+                        def multiply(partial):
+                            plgpu.wgmma(partial, x_smem.at[s, mine], w_smem.at[s].transpose((1, 0)))
+                            return partial[...]
 
-                            partial = pl.run_scoped(multiply, plgpu.ACC((WAVE, 128), jnp.float32))
-                            if wave == waves - 1:
-                                plgpu.barrier_arrive(free.at[s])
-                            added.append(total + partial * spread(scale, (WAVE, 128)))
-                        return tuple(added)
+                        partial = pl.run_scoped(multiply, plgpu.ACC((WAVE, BLOCK), jnp.float32))
+                        plgpu.barrier_arrive(free.at[s])
+                        return total + partial * spread(scale, (WAVE, BLOCK))
 
-                    zeros = plgpu.layout_cast(jnp.zeros((WAVE, 128), jnp.float32), WGMMA)
-                    for wave, total in enumerate(lax.fori_loop(0, steps, step, (zeros,) * waves)):
-                        for half in range(2):
-                            store(total[:, half * 64 : half * 64 + 64], wave, half, (2 * wave + half) % SLOTS)
+                    zeros = plgpu.layout_cast(jnp.zeros((WAVE, BLOCK), jnp.float32), WGMMA)
+                    total = lax.fori_loop(0, steps, step, zeros)
+                    for left in range(0, BLOCK, 64):
+                        store(total[:, left : left + 64], left, left // 64 % SLOTS)
 
-                def store(block, wave, half, slot):
+                def store(block, left, slot):
                     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
                     staged = out_smem.at[wg, slot]
                     staged[...] = block.astype(jnp.bfloat16)
                     plgpu.commit_smem()
-                    top, cols = wave * WAVE, pl.ds(column * COLUMNS + wg * 128 + half * 64, 64)
 
                     def copy(begin, count):
-                        here = staged.at[pl.ds(begin, count)]
-                        plgpu.copy_smem_to_gmem(here, out_gmem.at[pl.ds(first + top + begin, count), cols])
+                        there = pl.ds(first + begin, count), pl.ds(column * BLOCK + left, 64)
+                        plgpu.copy_smem_to_gmem(staged.at[pl.ds(begin, count)], out_gmem.at[*there])
 
                     def copy_piece(i, _):
                         copy(pl.multiple_of(i * piece, 8), piece)
 
-                    pl.when(height >= top + WAVE)(lambda: copy(0, WAVE))
-                    pl.when(height < top + WAVE)(lambda: lax.fori_loop(0, (height - top) // piece, copy_piece, None))
+                    pl.when(height >= WAVE)(lambda: copy(0, WAVE))
+                    pl.when(height < WAVE)(lambda: lax.fori_loop(0, height // piece, copy_piece, None))
 
-                per_height(height, compute)
+                def skip():
+                    def step(k, _):
+                        s = stage(before + k)
+                        plgpu.barrier_wait(full.at[s])
+                        plgpu.barrier_arrive(free.at[s])
+
+                    lax.fori_loop(0, steps, step, None)
+
+                pl.when(height > 0)(compute)
+                pl.when(height <= 0)(skip)
                 return before + steps
 
             tickets.follow(tile, 4, jnp.int32(0), count_gmem[0], ring)
-            pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))  # a program must not end with a turn that nobody took
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     e4m3, f32 = jnp.float8_e4m3fn, jnp.float32
@@ -158,32 +151,38 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         grid=(SMS,),
         grid_names=("sm",),
-        num_threads=3,
+        num_threads=consumers + 1,
         thread_name="wg",
         kernel_name="grouped_matmul_fp8",
         scratch_types=[
-            plgpu.SMEM((STAGES, ROWS, STEP), e4m3, transforms=swizzled(e4m3)),
-            plgpu.SMEM((STAGES, ROWS), f32),
-            plgpu.SMEM((STAGES, COLUMNS, STEP), e4m3, transforms=swizzled(e4m3)),
-            plgpu.SMEM((STAGES, 8, 4), f32),  # two rows are used: TMA writes at multiples of 128 bytes
-            plgpu.SMEM((2, SLOTS, WAVE, 64), jnp.bfloat16, transforms=swizzled(jnp.bfloat16)),
-            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            plgpu.Barrier(num_barriers=2),
-            *tickets.ring(readers=2, depth=2),
+            plgpu.SMEM((stages, tile_rows, BLOCK), e4m3, transforms=swizzled(e4m3)),
+            plgpu.SMEM((stages, tile_rows), f32),
+            plgpu.SMEM((stages, BLOCK, BLOCK), e4m3, transforms=swizzled(e4m3)),
+            plgpu.SMEM((stages, 32), f32),  # four are used: TMA writes at multiples of 128 bytes
+            plgpu.SMEM((consumers, SLOTS, WAVE, 64), jnp.bfloat16, transforms=swizzled(jnp.bfloat16)),
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            *tickets.ring(readers=consumers, depth=2),
         ],
         compiler_params=PARAMS,
     )
     return vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count))
 
 
-def tile_table(group_sizes_E: jax.Array, row_unit: int, columns: int, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [4, capacity] = expert, first row, column tile, rows of each tile, and the number of tiles [1].
+def tiling(rows: int, experts: int) -> tuple[int, int]:
+    """Consumers and stages of the ring of operands, by the mean rows of an expert."""
+    return (1, 8) if rows <= 32 * experts else (3, 4)
 
-    All of an expert's tiles but the last are whole: equal ones can take more waves of 64 rows.
+
+def tile_table(
+    group_sizes_E: jax.Array, row_unit: int, most_rows: int, columns: int, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """int32 [4, capacity] = expert, first row, column tile and rows of each tile, and the number of tiles [1].
+
+    All of an expert's tiles but the last are whole.
     """
     rows_E = -(-group_sizes_E // row_unit) * row_unit
-    e, row, column, count = tickets.deal(-(-rows_E // ROWS), columns, capacity)
-    above = row * ROWS
-    fields = [e, (jnp.cumsum(rows_E) - rows_E)[e] + above, column, jnp.minimum(rows_E[e] - above, ROWS)]
+    e, row, column, count = tickets.deal(-(-rows_E // most_rows), columns, capacity)
+    above = row * most_rows
+    fields = [e, (jnp.cumsum(rows_E) - rows_E)[e] + above, column, jnp.minimum(rows_E[e] - above, most_rows)]
     return jnp.stack(fields).astype(jnp.int32), count
