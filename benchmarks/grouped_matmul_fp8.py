@@ -18,7 +18,6 @@ import numpy as np
 from benchmarks.pairs import compare, jax_calls
 from pallas_kernels.grouped_matmul import grouped_matmul, padded_rows
 from pallas_kernels.grouped_matmul_fp8 import grouped_matmul_fp8, quantise_rows, quantise_weights
-from pallas_kernels.quantise_rows_hopper import ROWS
 
 UNIT = 16
 SHAPES = (  # model, experts, K, F, rows, least ratio and goal
@@ -70,7 +69,7 @@ def operands(experts: int, depth: int, columns: int, rows: int):
 
     @jax.jit
     def make(place):
-        x_MK = jnp.zeros((-(-padded_rows(rows, experts, UNIT) // ROWS) * ROWS, depth), jnp.bfloat16)
+        x_MK = jnp.zeros((padded_rows(rows, experts, UNIT), depth), jnp.bfloat16)
         x_MK = x_MK.at[place].set(jax.random.normal(jax.random.key(0), (rows, depth), jnp.bfloat16))
         return x_MK, 0.02 * jax.random.normal(jax.random.key(1), (experts, depth, columns), jnp.bfloat16)
 

@@ -20,6 +20,7 @@ from pallas_kernels import grouped_matmul_fp8_hopper, quantise_rows_hopper
 from pallas_kernels.dispatch import choose
 
 BLOCK = 128  # columns under one scale
+UNIT = 8  # rows: the kernels take multiples
 LEAST = 1e-12  # of the activations' magnitudes: no scale is zero
 LARGEST = float(jnp.finfo(jnp.float8_e4m3fn).max)  # 448
 NOTHING = 2.0**-100  # a block of weights below it is one of zeros
@@ -65,8 +66,8 @@ def quantise_rows(x_MK: jax.Array, implementation: str | None = None) -> Fp8Rows
     unsupported = None
     if x_MK.dtype != jnp.bfloat16:
         unsupported = f"the rows are {x_MK.dtype}, expected bfloat16"
-    elif x_MK.shape[0] == 0 or x_MK.shape[0] % quantise_rows_hopper.ROWS:
-        unsupported = f"there are {x_MK.shape[0]} rows, expected a multiple of {quantise_rows_hopper.ROWS}"
+    elif x_MK.shape[0] == 0 or x_MK.shape[0] % UNIT:
+        unsupported = f"there are {x_MK.shape[0]} rows, expected a multiple of {UNIT}"
     if choose(implementation, unsupported) == "pallas":
         return Fp8Rows(*quantise_rows_hopper.quantise_rows(x_MK, LEAST, LARGEST))
     scales_MG = jnp.maximum(jnp.abs(blocks_MGK).max(axis=2), LEAST) * (1 / LARGEST)
@@ -91,8 +92,8 @@ def grouped_matmul_fp8(x, w: Fp8Weights, group_sizes_E, row_unit: int, implement
         if size % BLOCK:
             raise ValueError(f"{name} is {size}, expected a multiple of {BLOCK}")
     unsupported = None
-    if row_unit % 8:
-        unsupported = f"row_unit is {row_unit}, expected a multiple of 8"
+    if row_unit % UNIT:
+        unsupported = f"row_unit is {row_unit}, expected a multiple of {UNIT}"
     elif rows % row_unit or not rows:
         unsupported = f"there are {rows} rows, expected a multiple of row_unit, {row_unit}"
     if choose(implementation, unsupported) == "pallas":
@@ -108,17 +109,12 @@ def matmul_fp8(x, w: Fp8Weights, implementation: str | None = None) -> jax.Array
 
     Raises: ValueError, as `grouped_matmul_fp8`; TypeError, if it is differentiated.
     """
-    x_MK = whole_blocks(x.reshape(-1, x.shape[-1]), w.values_EFK.shape[-1])
+    rows = math.prod(x.shape[:-1])
+    x_MK = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, -rows % UNIT), (0, w.values_EFK.shape[-1] - x.shape[-1])))
     sizes_E = lax.full((1,), x_MK.shape[0], jnp.int32)
-    rows = quantise_rows(x_MK, implementation)
-    out_MF = grouped_matmul_fp8(rows, Fp8Weights(*(a[None] for a in w)), sizes_E, quantise_rows_hopper.ROWS, implementation)
-    return out_MF[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], -1).astype(x.dtype)
-
-
-def whole_blocks(x_MK: jax.Array, columns: int, row_unit: int = 1) -> jax.Array:
-    """`x` with rows of zeros below, as the quantising kernel and `row_unit` want them, and `columns` columns."""
-    unit = math.lcm(row_unit, quantise_rows_hopper.ROWS)
-    return jnp.pad(x_MK, ((0, -x_MK.shape[0] % unit), (0, columns - x_MK.shape[1])))
+    quantised = quantise_rows(x_MK, implementation)
+    out_MF = grouped_matmul_fp8(quantised, Fp8Weights(*(a[None] for a in w)), sizes_E, UNIT, implementation)
+    return out_MF[:rows].reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def no_gradient(*_) -> NoReturn:

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul_fp8 import Fp8Weights, grouped_matmul_fp8, no_gradient, quantise_rows, whole_blocks
+from pallas_kernels.grouped_matmul_fp8 import Fp8Weights, grouped_matmul_fp8, no_gradient, quantise_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("row_unit", "implementation"))
@@ -33,14 +33,12 @@ def grouped_mlp_fp8(
     multiply = functools.partial(
         grouped_matmul_fp8, group_sizes_E=group_sizes_E, row_unit=row_unit, implementation=implementation
     )
-    rows, columns = x_MD.shape
-    x_MD = whole_blocks(x_MD, w_gate.values_EFK.shape[2], row_unit)
-    weight_M = jnp.pad(weight_M, (0, len(x_MD) - rows))
-    x = quantise_rows(x_MD, implementation)
+    columns = x_MD.shape[1]
+    x = quantise_rows(jnp.pad(x_MD, ((0, 0), (0, w_gate.values_EFK.shape[2] - columns))), implementation)
     gate_MF, up_MF = (multiply(x, w).astype(jnp.float32) for w in (w_gate, w_up))
     hidden_MF = weight_M[:, None] * jax.nn.silu(gate_MF) * up_MF
     out_MD = multiply(quantise_rows(hidden_MF.astype(x_MD.dtype), implementation), w_down)
-    return out_MD[:rows, :columns].astype(x_MD.dtype)
+    return out_MD[:, :columns].astype(x_MD.dtype)
 
 
 def _forward(x_MD, weight_M, w_gate, w_up, w_down, group_sizes_E, row_unit, implementation):
