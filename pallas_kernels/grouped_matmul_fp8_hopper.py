@@ -4,7 +4,8 @@ A tile is up to 192 rows by 128 columns, 64 rows for each of three consumers. A 
 fresh partial sum, and adds that, scaled, to its result while the others multiply. Rows are wgmma's M operand, so that a thread
 holds two rows and needs the scales of two: with the weights there, as the bfloat16 kernel has them, every column has a scale of
 its own, and loading and applying those took a kernel from 1370 to 1080 TFLOP/s (operands lying in shared memory). Where experts have
-few rows there is one consumer, and the room goes to more stages: all that counts is to read the weights.
+few rows there is one consumer, and the room goes to more stages: all that counts is to read the weights. Where tiles are too few
+for all SMs, K is split, and XLA adds up the parts in the order of K, in float32.
 
 On one H200, useful rows, and times as fast as our bfloat16 kernel in the same run: V2-Lite 98304 x 2048 x (64 x) 2816 1084 us (1046
 TFLOP/s), 1.62; V2 49152 x 5120 x (160 x) 3072 1696 us (912), 1.47. Two consumers of 128 rows by 128 columns that took turns had
@@ -16,6 +17,7 @@ Letters: M rows, K and F matmul dims, E experts, G and H blocks of 128 columns i
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, spread, swizzl
 
 BLOCK = 128  # columns under one scale; of e4m3, one swizzled row
 WAVE = 64  # rows of a consumer: wgmma's M
-SLOTS = 2  # blocks of 64 x 64 that a consumer can be storing
+SLOTS = 2  # blocks of 64 rows x 128 bytes that a consumer can be storing
 
 
 @functools.partial(jax.jit, static_argnames="row_unit")  # a model's many products of a few shapes: each is lowered once
@@ -37,11 +39,14 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     (rows, depth), (experts, columns, _) = x.values_MK.shape, w.values_EFK.shape
     consumers, stages = tiling(rows, experts)
     tile_rows = consumers * WAVE
-    steps, column_tiles = depth // BLOCK, columns // BLOCK
-    capacity = (rows // tile_rows + experts) * column_tiles
-    table, count = tile_table(group_sizes_E, row_unit, tile_rows, column_tiles, capacity)
+    all_steps, column_tiles = depth // BLOCK, columns // BLOCK
+    most_tiles = ((rows - experts) // tile_rows + experts) * column_tiles
+    parts, part_steps = split(all_steps, most_tiles, consumers)
+    table, count = tile_table(group_sizes_E, row_unit, tile_rows, parts * column_tiles, parts * most_tiles)
+    dtype = jnp.bfloat16 if parts == 1 else jnp.float32
+    width = 128 // jnp.dtype(dtype).itemsize  # columns stored at a time
     # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
-    w_scales_EHG = jnp.pad(w.scales_EHG, ((0, 0), (0, 0), (0, -steps % 4)))
+    w_scales_EHG = jnp.pad(w.scales_EHG, ((0, 0), (0, 0), (0, -all_steps % 4)))
     piece = math.gcd(row_unit, WAVE)
 
     def body(
@@ -53,6 +58,13 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         def stage(step):
             return lax.rem(step, jnp.int32(stages))
 
+        def place(column):
+            """The part, its first step and its number of steps, and the column tile in it."""
+            part = lax.div(column, jnp.int32(column_tiles))
+            begin = part * part_steps
+            steps = part_steps if all_steps % part_steps == 0 else lax.min(jnp.int32(part_steps), all_steps - begin)
+            return part, begin, steps, column - part * column_tiles
+
         @pl.when(wg == consumers)
         def _():
             plgpu.set_max_registers(32, action="decrease")
@@ -62,14 +74,16 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
 
             def tile(fields, before):
                 expert, first, column, height = fields
+                _, begin, steps, column = place(column)
 
                 def load(waves):
                     # Rows past the tile's own are another expert's, or none's: multiplied, and not stored.
                     there, here = pl.ds(pl.multiple_of(first, 8), waves * WAVE), pl.ds(0, waves * WAVE)
 
-                    def step(k, _):
-                        s, ks, four = stage(before + k), pl.ds(k * BLOCK, BLOCK), pl.ds(pl.multiple_of(k // 4 * 4, 4), 4)
-                        pl.when(before + k >= stages)(lambda: plgpu.barrier_wait(free.at[s]))
+                    def step(i, _):
+                        s, k = stage(before + i), begin + i
+                        ks, four = pl.ds(k * BLOCK, BLOCK), pl.ds(pl.multiple_of(k // 4 * 4, 4), 4)
+                        pl.when(before + i >= stages)(lambda: plgpu.barrier_wait(free.at[s]))
                         w = w_gmem.at[expert, pl.ds(column * BLOCK, BLOCK), ks]
                         plgpu.copy_gmem_to_smem(w, w_smem.at[s], full.at[s])
                         plgpu.copy_gmem_to_smem(x_gmem.at[there, ks], x_smem.at[s, here], full.at[s])
@@ -92,14 +106,15 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
 
             def tile(fields, _, before):
                 _, first, column, height = fields
+                part, begin, steps, column = place(column)
                 first, height = pl.multiple_of(first, 8) + wg * WAVE, height - wg * WAVE
                 mine = pl.ds(pl.multiple_of(wg * WAVE, WAVE), WAVE)
 
                 def compute():
-                    def step(k, total):
-                        s = stage(before + k)
+                    def step(i, total):
+                        s = stage(before + i)
                         plgpu.barrier_wait(full.at[s])
-                        scale = plgpu.load(xs_smem.at[s, mine], layout=ROW) * ws_smem[s, lax.rem(k, jnp.int32(4))]
+                        scale = plgpu.load(xs_smem.at[s, mine], layout=ROW) * ws_smem[s, lax.rem(begin + i, jnp.int32(4))]
 
                         def multiply(partial):
                             plgpu.wgmma(partial, x_smem.at[s, mine], w_smem.at[s].transpose((1, 0)))
@@ -111,18 +126,18 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
 
                     zeros = plgpu.layout_cast(jnp.zeros((WAVE, BLOCK), jnp.float32), WGMMA)
                     total = lax.fori_loop(0, steps, step, zeros)
-                    for left in range(0, BLOCK, 64):
-                        store(total[:, left : left + 64], left, left // 64 % SLOTS)
+                    for left in range(0, BLOCK, width):
+                        store(total[:, left : left + width], left, left // width % SLOTS)
 
                 def store(block, left, slot):
                     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
                     staged = out_smem.at[wg, slot]
-                    staged[...] = block.astype(jnp.bfloat16)
+                    staged[...] = block.astype(dtype)
                     plgpu.commit_smem()
 
-                    def copy(begin, count):
-                        there = pl.ds(first + begin, count), pl.ds(column * BLOCK + left, 64)
-                        plgpu.copy_smem_to_gmem(staged.at[pl.ds(begin, count)], out_gmem.at[*there])
+                    def copy(top, count):
+                        there = part, pl.ds(first + top, count), pl.ds(column * BLOCK + left, width)
+                        plgpu.copy_smem_to_gmem(staged.at[pl.ds(top, count)], out_gmem.at[*there])
 
                     def copy_piece(i, _):
                         copy(pl.multiple_of(i * piece, 8), piece)
@@ -131,8 +146,8 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
                     pl.when(height < WAVE)(lambda: lax.fori_loop(0, height // piece, copy_piece, None))
 
                 def skip():
-                    def step(k, _):
-                        s = stage(before + k)
+                    def step(i, _):
+                        s = stage(before + i)
                         plgpu.barrier_wait(full.at[s])
                         plgpu.barrier_arrive(free.at[s])
 
@@ -148,7 +163,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     e4m3, f32 = jnp.float8_e4m3fn, jnp.float32
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((parts, rows, columns), dtype),
         grid=(SMS,),
         grid_names=("sm",),
         num_threads=consumers + 1,
@@ -159,19 +174,30 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             plgpu.SMEM((stages, tile_rows), f32),
             plgpu.SMEM((stages, BLOCK, BLOCK), e4m3, transforms=swizzled(e4m3)),
             plgpu.SMEM((stages, 32), f32),  # four are used: TMA writes at multiples of 128 bytes
-            plgpu.SMEM((consumers, SLOTS, WAVE, 64), jnp.bfloat16, transforms=swizzled(jnp.bfloat16)),
+            plgpu.SMEM((consumers, SLOTS, WAVE, width), dtype, transforms=swizzled(dtype)),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             *tickets.ring(readers=consumers, depth=2),
         ],
         compiler_params=PARAMS,
     )
-    return vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count))
+    out_PMF = vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count))
+    return functools.reduce(operator.add, out_PMF).astype(jnp.bfloat16)
 
 
 def tiling(rows: int, experts: int) -> tuple[int, int]:
-    """Consumers and stages of the ring of operands, by the mean rows of an expert."""
-    return (1, 8) if rows <= 32 * experts else (3, 4)
+    """Consumers and stages of the ring of operands: by the mean rows of an expert; one alone fills a consumer."""
+    return (1, 8) if rows <= max(WAVE, 32 * experts) else (3, 4)
+
+
+def split(steps: int, tiles: int, consumers: int) -> tuple[int, int]:
+    """Parts of K, as many as have an SM for each tile, and the steps of a part; the last may have fewer.
+
+    A consumer writes 32 KiB, which are read again: as many bytes as the weights of four steps, and no part has fewer. Not timed yet.
+    """
+    parts = max(1, min(SMS // tiles, steps // (4 * consumers)))
+    part_steps = -(-steps // parts)
+    return -(-steps // part_steps), part_steps
 
 
 def tile_table(

@@ -31,12 +31,13 @@ class TestXla(Fp8GroupedMatmulCases):
 class TestPallas(Fp8GroupedMatmulCases):
     matmul = staticmethod(functools.partial(grouped_matmul_fp8, implementation="pallas"))
     SIZES = (5, 0, 8, 3, 0, 0, 1, 0), (0, 0, 0, 0, 0, 0, 0, 0), (1000, 1, 0, 515, 64, 128, 65, 129)
-    SHAPES = ((1408, 384), 8, SIZES), ((2048, 2816), 16, SIZES), ((1408, 384), 128, SIZES)
+    # With few rows for each expert, one consumer and two parts of K.
+    SHAPES = ((1408, 384), 8, SIZES), ((1408, 384), 8, SIZES[:1]), ((2048, 2816), 16, SIZES), ((1408, 384), 128, SIZES)
 
-    def test_repeats_bit_for_bit(self):
-        sizes = np.random.default_rng(0).integers(0, 400, 64)
-        group_rows, sizes_E = self.group_rows(sizes, 16), jnp.asarray(sizes, jnp.int32)
-        _, poisoned_MK, w_EKF = self.operands(group_rows, 64, (2048, 2816))
+    @pytest.mark.parametrize("groups, columns", [(np.random.default_rng(0).integers(0, 400, 64), 2816), ((5, 0, 8, 3), 384)])
+    def test_repeats_bit_for_bit(self, groups, columns):
+        group_rows, sizes_E = self.group_rows(groups, 16), jnp.asarray(groups, jnp.int32)
+        _, poisoned_MK, w_EKF = self.operands(group_rows, len(groups), (2048, columns))
         used = int(group_rows[1].sum())
         operands = jax.jit(lambda x, w: (quantise_rows(x), quantise_weights(w)))(poisoned_MK, w_EKF)
         assert_repeats(jax.jit(lambda x, w: type(self).matmul(x, w, sizes_E, row_unit=16)[:used]), *operands)
@@ -59,11 +60,13 @@ class TestInterpreter(Fp8GroupedMatmulCases):
     matmul = staticmethod(functools.partial(grouped_matmul_fp8, implementation="pallas"))
     SHAPES = (((256, 384), 24, ((70, 0, 200, 9),)),)  # a whole tile of 192 rows, and pieces of 8
 
-    def test_one_matrix(self):
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 100)), jnp.bfloat16)
-        w = quantise_weights(jnp.asarray(np.random.default_rng(1).normal(size=(1, 128, 256)), jnp.bfloat16))
+    @pytest.mark.parametrize("depth, columns", [(100, 256), (1100, 128)])  # the second in two parts, of five steps and four
+    def test_one_matrix(self, depth, columns):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, depth)), jnp.bfloat16)
+        w_EKF = np.random.default_rng(1).normal(size=(1, -(-depth // 128) * 128, columns))
+        w = quantise_weights(jnp.asarray(w_EKF, jnp.bfloat16))
         got, wanted = (matmul_fp8(x, Fp8Weights(*(a[0] for a in w)), name) for name in ("pallas", "xla"))
-        assert got.shape == (2, 5, 256)
+        assert got.shape == (2, 5, columns)
         close(got, wanted, 2.5e-3)
 
     def test_mlp(self):
@@ -141,7 +144,13 @@ def test_errors_name_what_does_not_fit():
 
 @pytest.mark.parametrize(
     "rows, depth, columns, experts, unit",
-    [(99264, 2048, 2816, 64, 16), (51552, 1536, 5120, 160, 32), (2656, 5120, 3072, 160, 8), (8192, 1408, 2048, 64, 128)],
+    [
+        (99264, 2048, 2816, 64, 16),
+        (51552, 1536, 5120, 160, 32),
+        (2656, 5120, 3072, 160, 8),
+        (8192, 1408, 2048, 64, 128),
+        (8, 5120, 640, 1, 8),
+    ],
 )
 def test_compiles_for_cuda(rows, depth, columns, experts, unit, monkeypatch):
     monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
