@@ -15,6 +15,7 @@ weights takes 585. The chip is at its 700 W; V2's experts also pad their 307 row
 Letters: M rows, K and F matmul dims, E experts, G and H blocks of 128 columns in K and F. Kernel-side names: x rows, w weights.
 """
 
+import dataclasses
 import functools
 import math
 import operator
@@ -40,9 +41,11 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     consumers, stages = tiling(rows, experts)
     tile_rows = consumers * WAVE
     all_steps, column_tiles = depth // BLOCK, columns // BLOCK
-    most_tiles = ((rows - experts) // tile_rows + experts) * column_tiles
+    most_tiles = ((rows - experts) // tile_rows + experts) * column_tiles  # whatever the sizes
     parts, part_steps = split(all_steps, most_tiles, consumers)
-    table, count = tile_table(group_sizes_E, row_unit, tile_rows, parts * column_tiles, parts * most_tiles)
+    rows_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit) * row_unit
+    # All of an expert's tiles but the last are whole.
+    first_E, ends = tickets.before(rows_E), tickets.ends(pl.cdiv(rows_E, tile_rows))
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
     width = 128 // jnp.dtype(dtype).itemsize  # columns stored at a time
     # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
@@ -50,10 +53,11 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     piece = math.gcd(row_unit, WAVE)
 
     def body(
-        x_gmem, xs_gmem, w_gmem, ws_gmem, table_gmem, count_gmem, out_gmem, x_smem, xs_smem, w_smem, ws_smem, out_smem, *rest
+        x_gmem, xs_gmem, w_gmem, ws_gmem, rows_gmem, first_gmem, ends_gmem, out_gmem, x_smem, xs_smem, w_smem, ws_smem, *rest
     ):
-        full, free, *ring = rest
+        out_smem, full, free, *ring = rest
         wg = lax.axis_index("wg")
+        count = ends_gmem[ends.size - 1] * (parts * column_tiles)
 
         def stage(step):
             return lax.rem(step, jnp.int32(stages))
@@ -67,10 +71,16 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
 
         @pl.when(wg == consumers)
         def _():
-            plgpu.set_max_registers(32, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
 
             def describe(ticket):
-                return [table_gmem[i, ticket] for i in range(4)]
+                """Expert-major with rows fastest, so that neighbours share a weight tile."""
+                expert = tickets.owner(ticket, ends_gmem, parts * column_tiles)
+                height = rows_gmem[expert]
+                cuts = jnp.maximum(pl.cdiv(height, tile_rows), 1)
+                inside = ticket - (ends_gmem[expert] - cuts) * (parts * column_tiles)
+                above = lax.rem(inside, cuts) * tile_rows
+                return expert, first_gmem[expert] + above, lax.div(inside, cuts), jnp.minimum(height - above, tile_rows)
 
             def tile(fields, before):
                 expert, first, column, height = fields
@@ -96,13 +106,13 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
                     pl.when(-(-height // WAVE) == waves)(lambda waves=waves: load(waves))
                 return before + steps
 
-            done, finish = tickets.lead(describe, tile, jnp.int32(0), count_gmem[0], ring)
+            done, finish = tickets.lead(describe, tile, jnp.int32(0), count, ring)
             finish()
             drain(free, done, stages)
 
         @pl.when(wg < consumers)
         def _():
-            plgpu.set_max_registers(160 if consumers == 3 else 240, action="increase")
+            plgpu.set_max_registers(152 if consumers == 3 else 232, action="increase")
 
             def tile(fields, _, before):
                 _, first, column, height = fields
@@ -157,7 +167,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
                 pl.when(height <= 0)(skip)
                 return before + steps
 
-            tickets.follow(tile, 4, jnp.int32(0), count_gmem[0], ring)
+            tickets.follow(tile, 4, jnp.int32(0), count, ring)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     e4m3, f32 = jnp.float8_e4m3fn, jnp.float32
@@ -179,9 +189,9 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             *tickets.ring(readers=consumers, depth=2),
         ],
-        compiler_params=PARAMS,
+        compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
     )
-    out_PMF = vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table, count))
+    out_PMF = vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, rows_E, first_E, ends))
     return functools.reduce(operator.add, out_PMF).astype(jnp.bfloat16)
 
 
@@ -198,17 +208,3 @@ def split(steps: int, tiles: int, consumers: int) -> tuple[int, int]:
     parts = max(1, min(SMS // tiles, steps // (4 * consumers)))
     part_steps = -(-steps // parts)
     return -(-steps // part_steps), part_steps
-
-
-def tile_table(
-    group_sizes_E: jax.Array, row_unit: int, most_rows: int, columns: int, capacity: int
-) -> tuple[jax.Array, jax.Array]:
-    """int32 [4, capacity] = expert, first row, column tile and rows of each tile, and the number of tiles [1].
-
-    All of an expert's tiles but the last are whole.
-    """
-    rows_E = -(-group_sizes_E // row_unit) * row_unit
-    e, row, column, count = tickets.deal(-(-rows_E // most_rows), columns, capacity)
-    above = row * most_rows
-    fields = [e, (jnp.cumsum(rows_E) - rows_E)[e] + above, column, jnp.minimum(rows_E[e] - above, most_rows)]
-    return jnp.stack(fields).astype(jnp.int32), count

@@ -44,18 +44,6 @@ def owner(ticket: jax.Array, ends_gmem, columns: int) -> jax.Array:
     return lax.fori_loop(0, ends_gmem.shape[0] // PIECE, count, jnp.int32(0))
 
 
-def deal(cuts_E: jax.Array, columns: int, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The expert, the cut of its rows and the column tile of each ticket, int32 [capacity], and the number of tickets [1].
-
-    Expert-major with rows fastest: neighbours share a weight tile. Tickets past the last are of no meaning, but of some expert.
-    """
-    last_E = jnp.cumsum(cuts_E * columns)
-    ticket = jnp.arange(capacity, dtype=jnp.int32)
-    expert = jnp.minimum((ticket[:, None] >= last_E).sum(axis=1), cuts_E.shape[0] - 1)
-    cuts, inside = jnp.maximum(cuts_E[expert], 1), ticket - (last_E - cuts_E * columns)[expert]
-    return expert, inside % cuts, inside // cuts, last_E[-1:].astype(jnp.int32)
-
-
 def ring(readers: int, depth: int, attached: int = 0) -> list:
     """Scratch types: tickets with room for `attached` words, and barriers: it has come; all `readers` are done with its tile.
 
