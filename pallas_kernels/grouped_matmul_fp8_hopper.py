@@ -75,7 +75,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
 
             def describe(ticket):
                 """Expert-major with rows fastest, so that neighbours share a weight tile."""
-                expert = tickets.owner(ticket, ends_gmem, parts * column_tiles)
+                expert = tickets.owner(ticket, ends_gmem, experts, parts * column_tiles)
                 height = rows_gmem[expert]
                 cuts = jnp.maximum(pl.cdiv(height, tile_rows), 1)
                 inside = ticket - (ends_gmem[expert] - cuts) * (parts * column_tiles)

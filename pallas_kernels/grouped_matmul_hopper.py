@@ -131,7 +131,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
             def describe(ticket):
                 """Expert-major with rows fastest, so that neighbours share a weight tile."""
-                expert = tickets.owner(ticket, ends_gmem, column_tiles)
+                expert = tickets.owner(ticket, ends_gmem, experts, column_tiles)
                 units, first = pl.cdiv(sizes_gmem[expert], row_unit), first_gmem[expert]
                 cuts = jnp.maximum(pl.cdiv(units, most_units), 1)
                 inside = ticket - (ends_gmem[expert] - cuts) * column_tiles

@@ -34,14 +34,17 @@ def before(counts_E: jax.Array) -> jax.Array:
     return jnp.where(expert < expert[:, None], counts_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
-def owner(ticket: jax.Array, ends_gmem, columns: int) -> jax.Array:
-    """The expert whose tile a ticket is, each expert having `columns` times the tiles that `ends` was made of."""
+def owner(ticket: jax.Array, ends_gmem, experts: int, columns: int) -> jax.Array:
+    """The expert whose tile a ticket is, each expert having `columns` times the tiles that `ends` was made of.
+
+    Of a ticket past the last it is the last expert.
+    """
 
     def count(i, before):  # every warp reads a piece as a whole, so that adding up needs no shared memory
         piece = plgpu.load(ends_gmem.at[pl.ds(i * PIECE, PIECE)], layout=COL, optimized=False)
         return before + (piece * columns <= ticket).astype(jnp.int32).sum()
 
-    return lax.fori_loop(0, ends_gmem.shape[0] // PIECE, count, jnp.int32(0))
+    return jnp.minimum(lax.fori_loop(0, ends_gmem.shape[0] // PIECE, count, jnp.int32(0)), experts - 1)
 
 
 def ring(readers: int, depth: int, attached: int = 0) -> list:
