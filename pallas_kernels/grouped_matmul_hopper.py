@@ -127,7 +127,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
         @pl.when(wg == 2)
         def _():
-            plgpu.set_max_registers(32, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
 
             def describe(ticket):
                 """Expert-major with rows fastest, so that neighbours share a weight tile."""
@@ -184,7 +184,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(232, action="increase")
 
             def tile(fields, ring_slot, before):
                 _, first, column, units = fields

@@ -2,6 +2,9 @@
 
 Kernels are written in Pallas Mosaic GPU. A program of three warpgroups runs on each SM: two compute, one feeds them through
 the tensor memory accelerator (TMA). Shared memory that TMA fills and wgmma reads is tiled and swizzled; the two must agree.
+
+A program of three warpgroups starts with 168 registers a thread, 504 for one of each (four: 512; five: 480). What
+`set_max_registers` shares out must not be more: asking for a register that nobody has given back waits forever.
 """
 
 import jax

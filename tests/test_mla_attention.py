@@ -27,6 +27,10 @@ class TestPallas(AttentionCases):
     attention = staticmethod(lambda *a, **k: mla_attention.mla_attention(*a, **k, implementation="pallas"))
     DTYPE, DIMS, BOUND = jnp.bfloat16, (128, 64, 128), 8e-3
 
+    @pytest.mark.parametrize("batch, length", [(2, 37), (1, 130)])  # one position: in test_mla_attention_backward.py
+    def test_forward_and_gradients(self, batch, length):
+        super().test_forward_and_gradients(batch, length)
+
     @pytest.mark.parametrize(
         "batch, length, heads, segmented",
         [(2, 1000, 5, True), (1, 2047, 17, True), (1, 2047, 17, False), (3, 136, 1, True), (1, 512, 128, False)],
@@ -52,9 +56,12 @@ class TestCudnn(AttentionCases):
     attention = staticmethod(lambda *a, **k: mla_attention.mla_attention(*a, **k, implementation="cudnn"))
     DTYPE, DIMS, BOUND = jnp.bfloat16, (128, 64, 128), 8e-3
 
-    @pytest.mark.parametrize("batch, length", [(2, 38), (1, 130)])  # odd lengths with a mask have no gradients in cuDNN
+    @pytest.mark.parametrize("batch, length", [(2, 38), (1, 130)])  # odd lengths have no gradients in cuDNN
     def test_forward_and_gradients(self, batch, length):
         super().test_forward_and_gradients(batch, length)
+
+    def test_without_segments(self):
+        self.check(self.operands(2, 38), [None])
 
 
 def test_a_forced_kernel_says_why_it_cannot_run():
