@@ -15,7 +15,6 @@ weights takes 585. The chip is at its 700 W; V2's experts also pad their 307 row
 Letters: M rows, K and F matmul dims, E experts, G and H blocks of 128 columns in K and F. Kernel-side names: x rows, w weights.
 """
 
-import dataclasses
 import functools
 import math
 import operator
@@ -43,21 +42,17 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     all_steps, column_tiles = depth // BLOCK, columns // BLOCK
     most_tiles = ((rows - experts) // tile_rows + experts) * column_tiles  # whatever the sizes
     parts, part_steps = split(all_steps, most_tiles, consumers)
-    rows_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit) * row_unit
-    # All of an expert's tiles but the last are whole.
-    first_E, ends = tickets.before(rows_E), tickets.ends(pl.cdiv(rows_E, tile_rows))
+    table = tile_table(group_sizes_E, row_unit, tile_rows, rows // tile_rows + experts)
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
     width = 128 // jnp.dtype(dtype).itemsize  # columns stored at a time
     # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
     w_scales_EHG = jnp.pad(w.scales_EHG, ((0, 0), (0, 0), (0, -all_steps % 4)))
     piece = math.gcd(row_unit, WAVE)
 
-    def body(
-        x_gmem, xs_gmem, w_gmem, ws_gmem, rows_gmem, first_gmem, ends_gmem, out_gmem, x_smem, xs_smem, w_smem, ws_smem, *rest
-    ):
+    def body(x_gmem, xs_gmem, w_gmem, ws_gmem, table_gmem, out_gmem, x_smem, xs_smem, w_smem, ws_smem, *rest):
         out_smem, full, free, *ring = rest
         wg = lax.axis_index("wg")
-        count = ends_gmem[ends.size - 1] * (parts * column_tiles)
+        count = table_gmem[0, 0] * (parts * column_tiles)
 
         def stage(step):
             return lax.rem(step, jnp.int32(stages))
@@ -74,13 +69,11 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             plgpu.set_max_registers(40, action="decrease")
 
             def describe(ticket):
-                """Expert-major with rows fastest, so that neighbours share a weight tile."""
-                expert = tickets.owner(ticket, ends_gmem, experts, parts * column_tiles)
-                height = rows_gmem[expert]
-                cuts = jnp.maximum(pl.cdiv(height, tile_rows), 1)
-                inside = ticket - (ends_gmem[expert] - cuts) * (parts * column_tiles)
-                above = lax.rem(inside, cuts) * tile_rows
-                return expert, first_gmem[expert] + above, lax.div(inside, cuts), jnp.minimum(height - above, tile_rows)
+                """Columns fastest: neighbours share rows."""
+                tiles = jnp.int32(parts * column_tiles)
+                block, column = lax.div(ticket, tiles), lax.rem(ticket, tiles)
+                expert, first, height = (table_gmem[field, block] for field in (1, 2, 3))
+                return expert, first, column, height
 
             def tile(fields, before):
                 expert, first, column, height = fields
@@ -189,10 +182,22 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             *tickets.ring(readers=consumers, depth=2),
         ],
-        compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
+        compiler_params=PARAMS,
     )
-    out_PMF = vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, rows_E, first_E, ends))
+    out_PMF = vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table))
     return functools.reduce(operator.add, out_PMF).astype(jnp.bfloat16)
+
+
+def tile_table(group_sizes_E: jax.Array, row_unit: int, most_rows: int, capacity: int) -> jax.Array:
+    """int32 [4, capacity]: how many blocks of rows there are, and the expert, the first row and the rows of each.
+
+    All of an expert's blocks but the last are whole.
+    """
+    rows_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit) * row_unit
+    expert, index, count = tickets.deal(pl.cdiv(rows_E, most_rows), capacity)
+    above = index * most_rows
+    first = tickets.before(rows_E)[expert] + above
+    return jnp.stack([jnp.full_like(first, count), expert, first, jnp.minimum(rows_E[expert] - above, most_rows)])
 
 
 def tiling(rows: int, experts: int) -> tuple[int, int]:

@@ -14,7 +14,6 @@ with 3 out_slots: 0.925 V2-Lite.
 Letters: M rows, A and B matmul dims (B of the result), D model, F hidden, E experts. Kernel-side names: x rows, w weights.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -60,6 +59,20 @@ def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, s
     return _launch([x_MD], [w_gate_EDF, w_up_EDF], weight_M, group_sizes_E, row_unit, False, outs=3 if save else 1)
 
 
+def tile_table(group_sizes_E: jax.Array, row_unit: int, most_rows: int, capacity: int) -> jax.Array:
+    """int32 [4, capacity]: how many blocks of rows there are, and the expert, the first row / unit and the rows / unit of each.
+
+    An expert is cut into the fewest blocks, as equal as can be.
+    """
+    units_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit)
+    blocks_E = pl.cdiv(units_E, most_rows // row_unit)
+    expert, index, count = tickets.deal(blocks_E, capacity)
+    blocks = jnp.maximum(blocks_E, 1)[expert]
+    height, taller = units_E[expert] // blocks, units_E[expert] % blocks
+    first = tickets.before(units_E)[expert] + index * height + jnp.minimum(index, taller)
+    return jnp.stack([jnp.full_like(first, count), expert, first, height + (index < taller)])
+
+
 def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool, outs: int) -> list[jax.Array]:
     rows, experts = xs_MA[0].shape[0], group_sizes_E.shape[0]
     dtype, gated = xs_MA[0].dtype, weight_M is not None
@@ -69,19 +82,16 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     steps = [x.shape[1] // STEP for x in xs_MA]
     total_steps = sum(steps)
     column_tiles = pl.cdiv(columns, 2 * width)
-    # An expert's rows are cut into the fewest tiles, as equal as can be.
-    sizes_E, most_units = group_sizes_E.astype(jnp.int32), t.rows // row_unit
-    units_E = pl.cdiv(sizes_E, row_unit)
-    first_E, ends = tickets.before(units_E), tickets.ends(pl.cdiv(units_E, most_units))
+    table = tile_table(group_sizes_E, row_unit, t.rows, rows // t.rows + experts)
 
     def grouped_matmul(*refs):
         x_gmems, refs = refs[: len(xs_MA)], refs[len(xs_MA) :]
         w_gmems, refs = refs[: len(ws)], refs[len(ws) :]
-        (*weight_gmem, sizes_gmem, first_gmem, ends_gmem), refs = refs[: 3 + gated], refs[3 + gated :]
+        (*weight_gmem, table_gmem), refs = refs[: 1 + gated], refs[1 + gated :]
         out_gmems, refs = refs[:outs], refs[outs:]
         x_smem, w_smem, out_smem, x_full, x_free, w_full, w_free, *ring = refs
         wg = lax.axis_index("wg")
-        count = ends_gmem[ends.size - 1] * column_tiles
+        count = table_gmem[0, 0] * column_tiles
 
         def slot(step, stages):
             return lax.rem(step, jnp.int32(stages))
@@ -127,18 +137,13 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
         @pl.when(wg == 2)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def describe(ticket):
-                """Expert-major with rows fastest, so that neighbours share a weight tile."""
-                expert = tickets.owner(ticket, ends_gmem, experts, column_tiles)
-                units, first = pl.cdiv(sizes_gmem[expert], row_unit), first_gmem[expert]
-                cuts = jnp.maximum(pl.cdiv(units, most_units), 1)
-                inside = ticket - (ends_gmem[expert] - cuts) * column_tiles
-                row, column = lax.rem(inside, cuts), lax.div(inside, cuts)
-                height, taller = lax.div(units, cuts), lax.rem(units, cuts)
-                first += row * height + jnp.minimum(row, taller)
-                return expert, first, column, height + (row < taller).astype(jnp.int32)
+                """Columns fastest: neighbours share rows."""
+                block, column = lax.div(ticket, jnp.int32(column_tiles)), lax.rem(ticket, jnp.int32(column_tiles))
+                expert, first, units = (table_gmem[field, block] for field in (1, 2, 3))
+                return expert, first, column, units
 
             def tile(fields, carry):
                 before, expert0, column0 = carry  # of the tile before this one, whose last steps the second consumer awaits
@@ -184,7 +189,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
 
             def tile(fields, ring_slot, before):
                 _, first, column, units = fields
@@ -280,7 +285,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         num_threads=3,
         thread_name="wg",
         scratch_types=scratch,
-        compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
+        compiler_params=PARAMS,
     )
     weight = [lax.bitcast_convert_type(weight_M, jnp.int32)] if gated else []
-    return vary_like(xs_MA[0], kernel(*xs_MA, *ws, *weight, sizes_E, first_E, ends))
+    return vary_like(xs_MA[0], kernel(*xs_MA, *ws, *weight, table))

@@ -16,35 +16,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 
-from pallas_kernels.hopper import COL, drain
+from pallas_kernels.hopper import drain
 
-PIECE = 64  # experts that are looked through at once: a thread holds a quarter, and the leader has few registers
 ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
 
 
-def ends(tiles_E: jax.Array) -> jax.Array:
-    """The running sum of the experts' tiles, int32 [multiple of PIECE], the total in all places past theirs. For `owner`."""
-    place = jnp.arange(-(-tiles_E.size // PIECE) * PIECE, dtype=jnp.int32)
-    return jnp.where(place[: tiles_E.size] <= place[:, None], tiles_E, 0).sum(axis=1, dtype=jnp.int32)
+def deal(blocks_E: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The expert of each block of rows and which of its blocks it is, int32 [capacity], and the number of blocks.
+
+    Blocks past the last are of no meaning, but of some expert.
+    """
+    ends_E = before(blocks_E) + blocks_E
+    block = jnp.arange(capacity, dtype=jnp.int32)
+    expert = jnp.minimum((block[:, None] >= ends_E).sum(axis=1, dtype=jnp.int32), blocks_E.size - 1)
+    return expert, block - (ends_E - blocks_E)[expert], ends_E[-1]
 
 
 def before(counts_E: jax.Array) -> jax.Array:
     """The sum of the counts of earlier experts: int32 [E]. All compared with all is one small program on the GPU, a running sum two."""
     expert = jnp.arange(counts_E.size, dtype=jnp.int32)
     return jnp.where(expert < expert[:, None], counts_E, 0).sum(axis=1, dtype=jnp.int32)
-
-
-def owner(ticket: jax.Array, ends_gmem, experts: int, columns: int) -> jax.Array:
-    """The expert whose tile a ticket is, each expert having `columns` times the tiles that `ends` was made of.
-
-    Of a ticket past the last it is the last expert.
-    """
-
-    def count(i, before):  # every warp reads a piece as a whole, so that adding up needs no shared memory
-        piece = plgpu.load(ends_gmem.at[pl.ds(i * PIECE, PIECE)], layout=COL, optimized=False)
-        return before + (piece * columns <= ticket).astype(jnp.int32).sum()
-
-    return jnp.minimum(lax.fori_loop(0, ends_gmem.shape[0] // PIECE, count, jnp.int32(0)), experts - 1)
 
 
 def ring(readers: int, depth: int, attached: int = 0) -> list:
