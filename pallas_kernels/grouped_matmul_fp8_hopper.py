@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tickets
-from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, spread, swizzled, vary_like
+from pallas_kernels.hopper import PARAMS, ROW, SMS, WGMMA, drain, registers, spread, swizzled, vary_like
 
 BLOCK = 128  # columns under one scale; of e4m3, one swizzled row
 WAVE = 64  # rows of a consumer: wgmma's M
@@ -105,7 +105,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
 
         @pl.when(wg < consumers)
         def _():
-            plgpu.set_max_registers(152 if consumers == 3 else 232, action="increase")
+            plgpu.set_max_registers(registers(consumers, each=40), action="increase")
 
             def tile(fields, _, before):
                 _, first, column, height = fields

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tickets
-from pallas_kernels.hopper import COL, PARAMS, SMS, drain, spread, swizzled, vary_like
+from pallas_kernels.hopper import COL, PARAMS, SMS, drain, registers, spread, swizzled, vary_like
 
 STEP = 64  # of the contraction: 128 bytes of bfloat16, one swizzled row
 LAG = 1
@@ -189,7 +189,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(registers(2), action="increase")
 
             def tile(fields, ring_slot, before):
                 _, first, column, units = fields

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tickets
-from pallas_kernels.hopper import PARAMS, SMS, drain, swizzled, vary_like
+from pallas_kernels.hopper import PARAMS, SMS, drain, registers, swizzled, vary_like
 
 STEP = 64  # rows: wgmma wants a whole swizzled block of the contraction
 SIDE = 128  # of a consumer's square of the result
@@ -135,7 +135,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(176, action="increase")
+            plgpu.set_max_registers(registers(2, 3, 40), action="increase")
 
             def tile(fields, _, before):
                 expert, a, b, _, height = fields

@@ -2,9 +2,6 @@
 
 Kernels are written in Pallas Mosaic GPU. A program of three warpgroups runs on each SM: two compute, one feeds them through
 the tensor memory accelerator (TMA). Shared memory that TMA fills and wgmma reads is tiled and swizzled; the two must agree.
-
-A program of three warpgroups starts with 168 registers a thread, 504 for one of each (four: 512; five: 480). What
-`set_max_registers` shares out must not be more: asking for a register that nobody has given back waits forever.
 """
 
 import jax
@@ -19,6 +16,16 @@ ROW, COL = WGMMA.reduce(1), WGMMA.reduce(0)  # of a vector with a value for each
 PARAMS = plgpu.CompilerParams(
     approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
 )
+
+
+def registers(consumers: int, others: int = 1, each: int = 24) -> int:
+    """Registers a thread for each of a program's `consumers`, if its `others` among the warpgroups keep `each`.
+
+    All warpgroups start with the same number. One that asks for more than others have given back waits forever.
+    """
+    warpgroups = consumers + others
+    start = min((1 << 16) // (128 * warpgroups) // 8 * 8, 240)
+    return min((warpgroups * start - others * each) // consumers // 8 * 8, 240)
 
 
 def swizzled(dtype, swizzle: int = 128) -> tuple:

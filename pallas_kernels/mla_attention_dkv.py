@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, spread, swizzled, vary_like
+from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
 from pallas_kernels.mla_attention_forward import BLOCK, HALF, LOG2_E, NOPE, ROPE, VALUE
 
 STAGES = 3  # queries and their gradients: 120 KiB of 227, keys and values 80, dS 16
@@ -175,7 +175,7 @@ def _program(chunk_gmem, ahead_gmem, *refs, groups: int, heads: int, blocks: int
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(registers(2), action="increase")
         _compute(tile, heads, warpgroup, first_tile(block, blocks), scale, ds_gmem, *gradients, shared, bool(operands[8:]))
 
 

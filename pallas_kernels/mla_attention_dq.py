@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import PARAMS, swizzled
+from pallas_kernels.hopper import PARAMS, registers, swizzled
 from pallas_kernels.mla_attention_dkv import first_tile
 from pallas_kernels.mla_attention_forward import HALF, NOPE, ROPE
 
@@ -120,7 +120,7 @@ def _program(
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(registers(2), action="increase")
         mine = warpgroup
         start, end = (jnp.where(mine == 0, *bounds) for bounds in (starts, ends))
 

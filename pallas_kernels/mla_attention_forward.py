@@ -30,7 +30,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import tickets
-from pallas_kernels.hopper import COL, PARAMS, ROW, SMS, WGMMA, spread, swizzled, vary_like
+from pallas_kernels.hopper import COL, PARAMS, ROW, SMS, WGMMA, registers, spread, swizzled, vary_like
 
 BLOCK, HALF = 128, 64  # queries of a tile and keys of a block; rows of a warpgroup
 NOPE, ROPE, VALUE = 128, 64, 128
@@ -185,7 +185,7 @@ def _program(*refs, scale: float, shared: _Shared):
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(registers(2), action="increase")
         _Rows(warpgroup, scale * LOG2_E, segments[:1], out_gmem, lse_gmem, shared).run()
 
 

@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Piece, Schedule, merge, pieces
-from pallas_kernels.hopper import PARAMS, ROW, WGMMA, spread, swizzled
+from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
@@ -88,7 +88,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 pl.when(loaded > 0)(lambda chunk=chunk: plgpu.barrier_wait(k_free.at[chunk]))
 
         def compute(own):
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(registers(2), action="increase")
             other = 1 - own
 
             def masked(scores, request, block, end):

@@ -18,7 +18,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_schedule import BLOCK, Piece, Schedule, merge, pieces
-from pallas_kernels.hopper import COL, PARAMS, WGMMA, spread, swizzled
+from pallas_kernels.hopper import COL, PARAMS, WGMMA, registers, spread, swizzled
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
@@ -167,7 +167,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
         @pl.when(own < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(registers(2), action="increase")
             pieces(schedule_gmem, worker, attend, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dequantise
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
-from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, spread, swizzled, vary_like
+from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
 from pallas_kernels.warpgroup import column_max, column_sum, sync
 
 LOG2E = 1.4426950408889634
@@ -337,7 +337,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 pl.semaphore_signal(partial_ready.at[part_index, worker])
 
         def compute(own):
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(registers(2), action="increase")
 
             def attend_piece(piece, done):
                 def attend_tile(subtile, done):
