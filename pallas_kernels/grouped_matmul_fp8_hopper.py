@@ -7,7 +7,8 @@ its own, and loading and applying those took a kernel from 1370 to 1080 TFLOP/s 
 few rows there is one consumer, and the room goes to more stages: all that counts is to read the weights. Where tiles are too few
 for all SMs, K is split, and XLA adds up the parts in the order of K, in float32.
 
-On one H200, useful rows, and times as fast as our bfloat16 kernel in the same run: V2-Lite 98304 x 2048 x (64 x) 2816 1084 us (1046
+On one H200, useful rows, and times as fast as our bfloat16 kernel in the same run (before K was split, and tickets had a
+warpgroup of their own): V2-Lite 98304 x 2048 x (64 x) 2816 1084 us (1046
 TFLOP/s), 1.62; V2 49152 x 5120 x (160 x) 3072 1696 us (912), 1.47. Two consumers of 128 rows by 128 columns that took turns had
 1168 us, 1.46, and 1745 us, 1.43, in these runs. Decode: V2-Lite's 384 rows 109 us, 1.74; V2's 1536 rows 618 us, where reading the
 weights takes 585. The chip is at its 700 W; V2's experts also pad their 307 rows to multiples of 64, by a tenth.
@@ -64,9 +65,9 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             steps = part_steps if all_steps % part_steps == 0 else lax.min(jnp.int32(part_steps), all_steps - begin)
             return part, begin, steps, column - part * column_tiles
 
-        @pl.when(wg == consumers)
+        @pl.when(wg == consumers + 1)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def describe(ticket):
                 """Columns fastest: neighbours share rows."""
@@ -75,7 +76,13 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
                 expert, first, height = (table_gmem[field, block] for field in (1, 2, 3))
                 return expert, first, column, height
 
-            def tile(fields, before):
+            tickets.lead(describe, count, ring)
+
+        @pl.when(wg == consumers)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def tile(fields, _, before):
                 expert, first, column, height = fields
                 _, begin, steps, column = place(column)
 
@@ -99,13 +106,12 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
                     pl.when(-(-height // WAVE) == waves)(lambda waves=waves: load(waves))
                 return before + steps
 
-            done, finish = tickets.lead(describe, tile, jnp.int32(0), count, ring)
-            finish()
+            done = tickets.follow(tile, 4, jnp.int32(0), count, ring)
             drain(free, done, stages)
 
         @pl.when(wg < consumers)
         def _():
-            plgpu.set_max_registers(registers(consumers, each=40), action="increase")
+            plgpu.set_max_registers(registers(consumers, 2), action="increase")
 
             def tile(fields, _, before):
                 _, first, column, height = fields
@@ -169,7 +175,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((parts, rows, columns), dtype),
         grid=(SMS,),
         grid_names=("sm",),
-        num_threads=consumers + 1,
+        num_threads=consumers + 2,
         thread_name="wg",
         kernel_name="grouped_matmul_fp8",
         scratch_types=[
@@ -180,7 +186,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             plgpu.SMEM((consumers, SLOTS, WAVE, width), dtype, transforms=swizzled(dtype)),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-            *tickets.ring(readers=consumers, depth=2),
+            *tickets.ring(readers=consumers + 1, depth=2),
         ],
         compiler_params=PARAMS,
     )

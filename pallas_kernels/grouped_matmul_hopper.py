@@ -3,9 +3,11 @@
 The weights are wgmma's M operand (out^T = w^T x^T), so that a tile is any multiple of 16 rows tall, and an expert's rows are cut
 into equally tall tiles: no row is multiplied in vain but those that pad an expert to `row_unit`. A tile is 256 columns wide, 128
 for each of two consumers, which share the rows in shared memory and have a ring of weights each. The second consumer's weights
-come `LAG` steps later, so that one consumer stores its result while the other keeps the tensor cores busy.
+come `LAG` steps later, so that one consumer stores its result while the other keeps the tensor cores busy. A third warpgroup loads,
+a fourth takes tickets: with both in one, that took 1.3 times as long where finding a ticket's tile took 5 us and not 2.
 
-One H200, rate over that of one dense cuBLAS matmul of the same FLOPs (kernel times, single calls of each in turn, medians):
+One H200, rate over that of one dense cuBLAS matmul of the same FLOPs (kernel times, single calls of each in turn, medians), before
+tickets had a warpgroup of their own:
 V2-Lite, 98304 rows, row_unit 32: forward 0.929 (655 TFLOP/s), gate and up with SwiGLU 0.901; with 16: forward 0.925, input
 gradient 0.930. V2, 49152 rows, row_unit 16: 0.944 (641), 0.934, input gradient 0.908. V2 decode, 1536 rows: 1127 us, where the
 weights' bytes take 1171 at the rate of a copy. LAG 0 with 3 x stages and 3 out_slots: 0.916 V2-Lite, 0.938 V2; tiles of 160 rows
@@ -135,7 +137,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
             else:
                 per_pair(k, copy)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == 3)
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
@@ -145,7 +147,16 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                 expert, first, units = (table_gmem[field, block] for field in (1, 2, 3))
                 return expert, first, column, units
 
-            def tile(fields, carry):
+            def attach(fields, words, barrier):  # the row weights, as integers
+                plgpu.copy_gmem_to_smem(weight_gmem[0].at[pl.ds(fields[1] * t.unit, t.rows)], words, barrier)
+
+            tickets.lead(describe, count, ring, attach if gated else None)
+
+        @pl.when(wg == 2)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def tile(fields, _, carry):
                 before, expert0, column0 = carry  # of the tile before this one, whose last steps the second consumer awaits
                 expert, first, column, units = fields
                 first = first * t.unit
@@ -170,26 +181,20 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                 per_height(units, load)
                 return before + total_steps, expert, column
 
-            def attach(fields, words, barrier):  # the row weights, as integers
-                plgpu.copy_gmem_to_smem(weight_gmem[0].at[pl.ds(fields[1] * t.unit, t.rows)], words, barrier)
-
             zero = jnp.int32(0)
-            init = (zero, zero, zero)
-            carry, finish = tickets.lead(describe, tile, init, count, ring, attach if gated else None)
-            done, expert, column = carry
+            done, expert, column = tickets.follow(tile, 4, (zero, zero, zero), count, ring)
 
             def flush(k, _):
                 load_weights(1, expert, column, total_steps - LAG + k, done - LAG + k)
 
             pl.when(done > 0)(lambda: lax.fori_loop(0, LAG, flush, None))
-            finish()
             drain(x_free, done, t.x_stages)
             for consumer in range(2):
                 drain(w_free, done, t.w_stages, consumer * t.w_stages)
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(registers(2), action="increase")
+            plgpu.set_max_registers(registers(2, 2), action="increase")
 
             def tile(fields, ring_slot, before):
                 _, first, column, units = fields
@@ -275,14 +280,14 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         plgpu.Barrier(num_arrivals=2, num_barriers=t.x_stages),
         plgpu.Barrier(num_arrivals=1 + gated, num_barriers=2 * t.w_stages),
         plgpu.Barrier(num_arrivals=1, num_barriers=2 * t.w_stages),
-        *tickets.ring(readers=2, depth=2, attached=t.rows if gated else 0),
+        *tickets.ring(readers=3, depth=2, attached=t.rows if gated else 0),
     ]
     kernel = plgpu.kernel(
         grouped_matmul,
         out_type=[jax.ShapeDtypeStruct((rows, columns), dtype)] * outs,
         grid=(SMS,),
         grid_names=("sm",),
-        num_threads=3,
+        num_threads=4,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=PARAMS,

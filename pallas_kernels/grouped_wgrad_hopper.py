@@ -95,8 +95,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
                 a, b = lax.rem(inside, jnp.int32(a_tiles)), lax.div(inside, jnp.int32(a_tiles))
                 return expert, a, b, first_gmem[expert], units_gmem[expert]
 
-            _, finish = tickets.lead(describe, lambda fields, carry: carry, jnp.int32(0), jnp.int32(tiles), ring)
-            finish()
+            tickets.lead(describe, jnp.int32(tiles), ring)
 
         @pl.when(wg == 2)
         def _():

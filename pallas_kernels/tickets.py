@@ -1,8 +1,8 @@
 """The tiles of a persistent kernel, handed out in order, each to the SM that asks first.
 
 Tiles differ in height. Dealt in turn, neighbours that share a weight tile drift apart and miss each other's reads in L2: the
-grouped matmul of V2's shape took 449-474 TFLOP/s in turn and 615 by tickets. One warpgroup of a program, the leader, takes
-tickets from a counter in global memory and passes them to the others through a ring in shared memory.
+grouped matmul of V2's shape took 449-474 TFLOP/s in turn and 615 by tickets. One warpgroup of a program does nothing but take
+tickets from a counter in global memory and pass them to the others through a ring in shared memory.
 """
 
 from collections.abc import Callable
@@ -50,11 +50,11 @@ def ring(readers: int, depth: int, attached: int = 0) -> list:
     ]
 
 
-def lead(describe: Callable, tile: Callable, init, count: jax.Array, refs: list, attach: Callable | None = None):
-    """Takes tickets and runs `carry = tile(fields, carry)` for those below `count`; returns the carry and a final wait.
+def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | None = None) -> None:
+    """Takes tickets and passes on those below `count`, ahead of the readers, until they are done with all of them.
 
-    `fields = describe(ticket)` reads what the tile is from global memory and passes it on: the readers would have to wait for it,
-    the leader is some steps ahead. `attach(fields, words, barrier)` starts one copy that comes along. Call the wait at the very end.
+    `fields = describe(ticket)` reads what the tile is from global memory: that and the ticket take 2 us, for which no reader
+    should wait. `attach(fields, words, barrier)` starts one copy that comes along.
     """
     tiles, come, done = refs
     depth = tiles.shape[0]
@@ -65,24 +65,17 @@ def lead(describe: Callable, tile: Callable, init, count: jax.Array, refs: list,
         pl.when(i >= depth)(lambda: plgpu.barrier_wait(done.at[slot]))
         take_ticket(counter, tiles.at[slot, pl.ds(0, 1)], i)
         ticket = tiles[slot, 0]
-        described = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)))
-        for place, field in enumerate(described, 1):
+        fields = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)))
+        for place, field in enumerate(fields, 1):
             tiles[slot, place] = field
-        # Read back: what comes from shared memory may be carried by a loop inside `shard_map` too, where operands vary by device.
-        fields = [tiles[slot, place] for place in range(1, 1 + len(described))]
         if attach:
             attach(fields, words(refs, slot), come.at[slot])
         plgpu.barrier_arrive(come.at[slot])
-        return ticket, fields
-
-    def step(state):
-        i, (_, fields), carry = state
-        carry = tile(fields, carry)
-        return i + 1, take(i + 1), carry
+        return ticket
 
     zero = jnp.int32(0)
-    last, _, carry = lax.while_loop(lambda state: state[1][0] < count, step, (zero, take(zero), init))
-    return carry, lambda: drain(done, last + 1, depth)
+    last, _ = lax.while_loop(lambda state: state[1] < count, lambda state: (state[0] + 1, take(state[0] + 1)), (zero, take(zero)))
+    drain(done, last + 1, depth)
 
 
 def follow(tile: Callable, fields: int, init, count: jax.Array, refs: list):
