@@ -132,7 +132,7 @@ def torch_grouped(operands):
 
 def tune():
     """Each tiling's speed over that of the one in use."""
-    tiling, stages = grouped_matmul_hopper.tiling, grouped_wgrad_hopper.Stages
+    tiling, stages = grouped_matmul_hopper.Tiling, grouped_wgrad_hopper.Stages
     tilings = [(rows, *rest) for rows in (160, 176, 192) for rest in ((4, 3, 2), (3, 3, 2), (3, 3, 3))]
     for model, (shape, _) in SHAPES.items():
         operands = Operands(*shape)
@@ -143,7 +143,7 @@ def tune():
                     mock.patch.object(grouped_wgrad_hopper, "STAGES", stages(*s)) for s in ((4, 3, 4), (5, 3, 2), (6, 3, 2))
                 ]
             else:
-                made = [functools.partial(lambda t, unit, *_: tiling(unit, 10**6, 1)._replace(**t)) for _ in tilings]
+                made = [functools.partial(lambda t, unit, *_: tiling(unit, *t), t) for t in tilings]
                 patches = [mock.patch.object(grouped_matmul_hopper, "tiling", f) for f in made]
             for patch in patches:
                 with patch:

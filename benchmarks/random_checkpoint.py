@@ -54,6 +54,8 @@ def digest(tensor: np.ndarray) -> str:
 
 def main(_: list[str]) -> None:
     config = preset(FLAGS.preset)
+    if Path(FLAGS.dir).exists():
+        raise SystemExit(f"--dir={FLAGS.dir} exists, expected a directory to make")
     if FLAGS.layers:
         config = dataclasses.replace(config, num_hidden_layers=FLAGS.layers)
     digests = make(Path(FLAGS.dir), config)

@@ -9,24 +9,24 @@ that warms up; decode is the difference, over the tokens that it leaves. `infer.
 "whole run tok/s" first.
 """
 
-import statistics
 import time
 
 import numpy as np
 from absl import app, flags
 
 from dsv2_jax.bench import Load, parse_load
+from dsv2_jax.convert import open_checkpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "A Hugging Face directory.", required=True)
 flags.DEFINE_multi_string("grid", ["64x1024x256"], "BATCHxPROMPTxNEW; may be given again.")
-flags.DEFINE_integer("repeats", 3, "Timed runs of each kind; medians are printed.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
     import vllm
 
     loads = [parse_load(text) for text in FLAGS.grid]
+    vocab = open_checkpoint(FLAGS.checkpoint).config.vocab_size
     engine = vllm.LLM(
         FLAGS.checkpoint,
         skip_tokenizer_init=True,
@@ -36,7 +36,7 @@ def main(_: list[str]) -> None:
     )
     print(f"vLLM {vllm.__version__}\n  batch prompt   new  prompt tok/s  new tok/s  whole run tok/s")
     for load in loads:
-        alone, whole = (measure(vllm, engine, load._replace(new=new)) for new in (1, load.new))
+        alone, whole = (measure(vllm, engine, vocab, load._replace(new=new)) for new in (1, load.new))
         decode = load.batch * (load.new - 1) / (whole - alone) if load.new > 1 else float("nan")
         print(
             f"{load.batch:7} {load.prompt:6} {load.new:5} {load.batch * load.prompt / alone:13,.0f} {decode:10,.1f}"
@@ -45,16 +45,15 @@ def main(_: list[str]) -> None:
         )
 
 
-def measure(vllm, engine, load: Load) -> float:
-    """Seconds of a load, the median."""
+def measure(vllm, engine, vocab: int, load: Load) -> float:
+    """Seconds of a load."""
     how = vllm.SamplingParams(temperature=0.0, max_tokens=load.new, ignore_eos=True, detokenize=False)
-    seconds = []
-    for _ in range(1 + FLAGS.repeats):
-        prompts = np.random.default_rng().integers(0, 100_000, (load.batch, load.prompt)).tolist()
+    for _ in range(2):  # the first warms up
+        prompts = np.random.default_rng().integers(0, vocab, (load.batch, load.prompt)).tolist()
         began = time.perf_counter()
         engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+        seconds = time.perf_counter() - began
+    return seconds
 
 
 if __name__ == "__main__":

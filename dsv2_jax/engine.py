@@ -43,6 +43,17 @@ def bucket(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def decode_rows(answers: int, max_batch: int) -> int:
+    """The rows of a decode step: of few sizes, since each is a program that takes up to a minute to compile.
+
+    They are `max_batch` and a quarter, a sixteenth, .. of it, all rounded up to a multiple of LEAST.
+    """
+    rows = -(-max_batch // LEAST) * LEAST
+    while (fewer := -(-rows // (4 * LEAST)) * LEAST) >= answers and fewer < rows:
+        rows = fewer
+    return rows
+
+
 def check_tokens(cfg: ModelConfig, name: str, token_ids: Sequence[int], room: int) -> None:
     """Refuses ids outside the vocabulary, an empty prompt, and one that leaves less than `room` of the context."""
     if not token_ids:
@@ -386,9 +397,7 @@ class Engine:
                 by_device[answer.device].append(answer)
         if not any(by_device):
             return
-        rows = bucket(self._max_batch, LEAST)
-        while rows >= 4 * max(LEAST, *map(len, by_device)):  # few programs: each takes up to a minute to compile
-            rows //= 4
+        rows = decode_rows(max(map(len, by_device)), self._max_batch)
         pages = table_width(max(len(answer.pages) for answers in by_device for answer in answers), self._tables.shape[2])
         rows_BX = np.full((self._devices, rows, 2 + pages), -1, np.int32)
         for device, mine in enumerate(by_device):

@@ -14,7 +14,7 @@ CHUNK = 2048  # positions whose logits exist at a time; beyond 16 chunks they gr
 
 
 def log_probs(model: Decoder, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """float32 [B, T]: the log-probability of each target."""
+    """float32 [B, T]: the log-probability of each target. It has no gradient; `log_likelihood` has."""
 
     def island(w_head_DV, *arrays):
         parts = []
@@ -81,7 +81,8 @@ def _log_probs(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array,
     nothing = jnp.finfo(logits_BTV.dtype).min, jnp.zeros((), logits_BTV.dtype)
     max_BT, sum_BT = jax.lax.reduce((logits_BTV, jnp.ones_like(logits_BTV)), nothing, join, (logits_BTV.ndim - 1,))
     log_sum_BT = max_BT + jnp.log(sum_BT)
-    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0] - log_sum_BT, log_sum_BT
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="clip")[..., 0]
+    return target_BT - log_sum_BT, log_sum_BT
 
 
 def _after(hidden, results) -> tuple:
@@ -94,8 +95,3 @@ def _chunks(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
     length = arrays[0].shape[1]
     chunk = max(CHUNK, -(-length // 16))
     return [tuple(a[:, start : start + chunk] for a in arrays) for start in range(0, length, chunk)]
-
-
-def pick(values_V: jax.Array, ids: jax.Array) -> jax.Array:
-    """values[..., id] for [..., V] and [...]; a masked sum, which shards like its operands and has no scatter as its gradient."""
-    return jnp.where(ids[..., None] == jnp.arange(values_V.shape[-1]), values_V, 0).sum(axis=-1)

@@ -125,22 +125,20 @@ class Decoder(nnx.Module):
             x_BTD, pages, stats = specs.gather(layer)(x_BTD, ctx, pages, index)
             return (x_BTD, pages), stats
 
+        policy = specs.keep_all_but_gathered if regather else None
         if remat != "none":
             kept = (ARRIVED,) if regather else (ARRIVED, specs.GATHERED)
             policy = jax.checkpoint_policies.save_only_these_names(*kept, *([PRODUCT] if remat == "elementwise" else []))
             if remat == "elementwise":
                 policy = jax.checkpoint_policies.save_from_both_policies(policy, jax.checkpoint_policies.dots_saveable)
-            # No barrier between the passes, before which a GPU would copy each layer's weights and what was kept out of their
-            # stacks: as two loops they are not merged anyway (of a stack of one layer, no loop, all may be kept).
-            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
-        elif regather:
-            layer_step = jax.checkpoint(layer_step, policy=specs.keep_all_but_gathered)
         stats, first = [], 0
         for kind, start, length in self.cfg.runs:
             layers = jax.tree.map(lambda a, run=slice(start, start + length): a[run], getattr(self, kind))
-            (x_BTD, pages), run_stats = jax.lax.scan(
-                layer_step, (x_BTD, pages), (layers, first + jnp.arange(length)), unroll=unroll
-            )
+            step = layer_step
+            if policy:
+                # Two loops are not merged. A barrier between the passes would have a GPU copy all that a layer uses out of stacks.
+                step = jax.checkpoint(layer_step, policy=policy, prevent_cse=length == 1)
+            (x_BTD, pages), run_stats = jax.lax.scan(step, (x_BTD, pages), (layers, first + jnp.arange(length)), unroll=unroll)
             stats.append(run_stats)
             first += length
         stats = [s for s in stats if s]

@@ -15,7 +15,6 @@ import numpy as np
 from dsv2_jax import limits
 from dsv2_jax.fields import InputError
 from dsv2_jax.limits import Cut
-from dsv2_jax.loss import pick
 from sharding import specs
 
 MAX_LOGPROBS = 20
@@ -183,7 +182,7 @@ def _sample(logits_BV, positions_B, how, history, *, top: int) -> Sampled:
         drawn_B = _draw(weights_BV, positions_B, how)
         tokens_B = jnp.where(how.temperature > 0, drawn_B, tokens_B)
     log_sum_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    sampled = Sampled(tokens_B, pick(logits_BV, tokens_B) - log_sum_B, None, None)
+    sampled = Sampled(tokens_B, _pick(logits_BV, tokens_B) - log_sum_B, None, None)
     if top:
         ids_BK, values_BK = _most_likely(logits_BV, top)
         sampled = sampled._replace(top_ids_BK=ids_BK, top_logprobs_BK=values_BK - log_sum_B[:, None])
@@ -229,3 +228,8 @@ def _most_likely(logits_BV: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     nothing = Cut(jnp.full_like(logits_BV[:, 0], jnp.inf), jnp.full_like(logits_BV[:, 0], -1, ids_V.dtype))
     _, chosen_KB = jax.lax.scan(following, nothing, length=top)
     return chosen_KB.id_B.T, chosen_KB.logit_B.T
+
+
+def _pick(values_BV: jax.Array, ids_B: jax.Array) -> jax.Array:
+    """values[b, id]; a masked sum, which shards like its operands."""
+    return jnp.where(ids_B[:, None] == jnp.arange(values_BV.shape[1]), values_BV, 0).sum(axis=1)

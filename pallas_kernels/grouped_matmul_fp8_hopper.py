@@ -41,9 +41,9 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     consumers, stages = tiling(rows, experts)
     tile_rows = consumers * WAVE
     all_steps, column_tiles = depth // BLOCK, columns // BLOCK
-    most_tiles = ((rows - experts) // tile_rows + experts) * column_tiles  # whatever the sizes
-    parts, part_steps = split(all_steps, most_tiles, consumers)
-    table = tile_table(group_sizes_E, row_unit, tile_rows, rows // tile_rows + experts)
+    most_blocks = (rows - experts) // tile_rows + experts  # whatever the sizes
+    parts, part_steps = split(all_steps, most_blocks * column_tiles, consumers)
+    table = tile_table(group_sizes_E, row_unit, tile_rows, most_blocks)
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
     width = 128 // jnp.dtype(dtype).itemsize  # columns stored at a time
     # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
@@ -214,7 +214,8 @@ def tiling(rows: int, experts: int) -> tuple[int, int]:
 def split(steps: int, tiles: int, consumers: int) -> tuple[int, int]:
     """Parts of K, as many as have an SM for each tile, and the steps of a part; the last may have fewer.
 
-    A consumer writes 32 KiB, which are read again: as many bytes as the weights of four steps, and no part has fewer. Not timed yet.
+    A consumer writes 32 KiB, which are read again: as many bytes as the weights of four steps, and no other part has fewer. Not
+    timed yet.
     """
     parts = max(1, min(SMS // tiles, steps // (4 * consumers)))
     part_steps = -(-steps // parts)

@@ -198,4 +198,4 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
         compiler_params=PARAMS,
     )
     units_E = (-(-group_sizes_E // row_unit)).astype(jnp.int32)
-    return vary_like(x_MA, kernel(x_MA, *dys_MB, (jnp.cumsum(units_E) - units_E).astype(jnp.int32), units_E))
+    return vary_like(x_MA, kernel(x_MA, *dys_MB, tickets.before(units_E), units_E))

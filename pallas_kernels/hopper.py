@@ -1,7 +1,7 @@
 """What the Hopper kernels share: layouts, launch parameters, and ways around the compiler that more than one of them needs.
 
-Kernels are written in Pallas Mosaic GPU. A program of three warpgroups runs on each SM: two compute, one feeds them through
-the tensor memory accelerator (TMA). Shared memory that TMA fills and wgmma reads is tiled and swizzled; the two must agree.
+Kernels are written in Pallas Mosaic GPU. A program of three to five warpgroups runs on each SM: some compute, the others feed them
+through the tensor memory accelerator (TMA). Shared memory that TMA fills and wgmma reads is tiled and swizzled; the two must agree.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """The tiles of a persistent kernel, handed out in order, each to the SM that asks first.
 
-Tiles differ in height. Dealt in turn, neighbours that share a weight tile drift apart and miss each other's reads in L2: the
-grouped matmul of V2's shape took 449-474 TFLOP/s in turn and 615 by tickets. One warpgroup of a program does nothing but take
-tickets from a counter in global memory and pass them to the others through a ring in shared memory.
+Tiles differ in height. Dealt in turn, neighbours that share rows or a weight tile drift apart and miss each other's reads in L2: the
+grouped matmul of V2's shape took 449-474 TFLOP/s in turn and 615 by tickets (its tiles in another order than now). One warpgroup of a
+program does nothing but take tickets from a counter in global memory and pass them to the others through a ring in shared memory.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def before(counts_E: jax.Array) -> jax.Array:
 def ring(readers: int, depth: int, attached: int = 0) -> list:
     """Scratch types: tickets with room for `attached` words, and barriers: it has come; all `readers` are done with its tile.
 
-    `depth` tickets: the leader may be that many tiles ahead of the end of the slowest reader's tile.
+    `depth` tickets: `lead` may be that many tiles ahead of the end of the slowest reader's tile.
     """
     return [
         plgpu.SMEM((depth, ATTACHED + attached), jnp.int32),
@@ -79,7 +79,7 @@ def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | No
 
 
 def follow(tile: Callable, fields: int, init, count: jax.Array, refs: list):
-    """Runs `carry = tile(fields, slot, carry)` for the leader's tiles; what `words` holds in the slot stays until `tile` returns."""
+    """Runs `carry = tile(fields, slot, carry)` for the tiles that `lead` passes on; what `words` holds in the slot stays until `tile` returns."""
     tiles, come, done = refs
     depth = tiles.shape[0]
 

@@ -136,6 +136,19 @@ def test_bfloat16_follows_float32(m, alone):
         assert len(answers[0].token_ids) == 4 and answers[0].logprobs[0] == pytest.approx(wanted.logprobs[0], abs=0.3)
 
 
+def test_decode_steps_hold_all_answers_and_have_few_sizes():
+    for max_batch in (1, 7, 8, 9, 100, 256, 300, 512):
+        sizes = [engine.decode_rows(n, max_batch) for n in range(1, max_batch + 1)]
+        assert all(n <= rows <= max_batch + 7 and rows % 8 == 0 for n, rows in enumerate(sizes, 1))
+        assert len(set(sizes)) <= 4 and sizes[0] == 8
+
+
+def test_a_step_of_another_size_gives_the_same(m, alone):
+    """Forty seats: eight rows, sixteen and forty, while prompts come and answers end."""
+    one = Engine(m, cache_tokens=64 * PAGE, max_batch=40)
+    same(complete(one, [(p, GREEDY) for p in PROMPTS * 3]), alone["greedy"] * 3)
+
+
 def test_stops(m):
     def run(eos_id=None, stop=lambda index, output: False, **asked):
         one = new_engine(m, eos_id=eos_id)

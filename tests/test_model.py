@@ -130,3 +130,15 @@ def test_float32_never_becomes_tf32(remat):
     matmuls = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
     assert len(matmuls) > 50
     assert [line for line in matmuls if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
+def test_layers_are_computed_again_in_the_backward_pass_also_where_no_loop_keeps_the_passes_apart():
+    def barriers(name):
+        m = model.abstract(VARIANTS[name], jnp.float32)
+        ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        text = str(jax.make_jaxpr(jax.grad(lambda m, ids: forward(m, ids, remat="full")[0].sum(), allow_int=True))(m, ids))
+        return text.count("prevent_cse=True"), text.count("prevent_cse=False")
+
+    (alone, stacked), mixed = barriers("every other layer dense"), barriers("v2")
+    assert alone and not stacked
+    assert all(mixed)
