@@ -133,12 +133,12 @@ def test_float32_never_becomes_tf32(remat):
 
 
 def test_layers_are_computed_again_in_the_backward_pass_also_where_no_loop_keeps_the_passes_apart():
-    def barriers(name):
-        m = model.abstract(VARIANTS[name], jnp.float32)
+    def barriers(layers):
+        m = model.abstract(dataclasses.replace(TINY, num_hidden_layers=layers), jnp.float32)
         ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
         text = str(jax.make_jaxpr(jax.grad(lambda m, ids: forward(m, ids, remat="full")[0].sum(), allow_int=True))(m, ids))
         return text.count("prevent_cse=True"), text.count("prevent_cse=False")
 
-    (alone, stacked), mixed = barriers("every other layer dense"), barriers("v2")
+    (alone, stacked), mixed = barriers(2), barriers(3)  # a dense one, and one or two others
     assert alone and not stacked
     assert all(mixed)
