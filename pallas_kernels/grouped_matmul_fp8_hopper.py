@@ -43,7 +43,8 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     all_steps, column_tiles = depth // BLOCK, columns // BLOCK
     most_blocks = (rows - experts) // tile_rows + experts  # whatever the sizes
     parts, part_steps = split(all_steps, most_blocks * column_tiles, consumers)
-    table = tile_table(group_sizes_E, row_unit, tile_rows, most_blocks)
+    rows_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit) * row_unit
+    table = tickets.table(rows_E, tile_rows, most_blocks, functools.partial(_whole, tile_rows))
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
     width = 128 // jnp.dtype(dtype).itemsize  # columns stored at a time
     # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
@@ -69,13 +70,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
-            def describe(ticket):
-                """Columns fastest: neighbours share rows."""
-                tiles = jnp.int32(parts * column_tiles)
-                block, column = lax.div(ticket, tiles), lax.rem(ticket, tiles)
-                expert, first, height = (table_gmem[field, block] for field in (1, 2, 3))
-                return expert, first, column, height
-
+            describe = functools.partial(tickets.look_up, table_gmem, parts * column_tiles)
             tickets.lead(describe, count, ring)
 
         @pl.when(wg == consumers)
@@ -194,16 +189,9 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     return functools.reduce(operator.add, out_PMF).astype(jnp.bfloat16)
 
 
-def tile_table(group_sizes_E: jax.Array, row_unit: int, most_rows: int, capacity: int) -> jax.Array:
-    """int32 [4, capacity]: how many blocks of rows there are, and the expert, the first row and the rows of each.
-
-    All of an expert's blocks but the last are whole.
-    """
-    rows_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit) * row_unit
-    expert, index, count = tickets.deal(pl.cdiv(rows_E, most_rows), capacity)
-    above = index * most_rows
-    first = tickets.before(rows_E)[expert] + above
-    return jnp.stack([jnp.full_like(first, count), expert, first, jnp.minimum(rows_E[expert] - above, most_rows)])
+def _whole(most: int, rows, _, index):
+    """A cut for `tickets.table`: all of an expert's blocks but the last are whole."""
+    return index * most, jnp.minimum(rows - index * most, most)
 
 
 def tiling(rows: int, experts: int) -> tuple[int, int]:

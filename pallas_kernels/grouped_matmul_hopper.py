@@ -4,7 +4,7 @@ The weights are wgmma's M operand (out^T = w^T x^T), so that a tile is any multi
 into equally tall tiles: no row is multiplied in vain but those that pad an expert to `row_unit`. A tile is 256 columns wide, 128
 for each of two consumers, which share the rows in shared memory and have a ring of weights each. The second consumer's weights
 come `LAG` steps later, so that one consumer stores its result while the other keeps the tensor cores busy. A third warpgroup loads,
-a fourth takes tickets: with both in one, that took 1.3 times as long where finding a ticket's tile took 5 us and not 2.
+a fourth takes tickets: while one did both, a longer search for a ticket's tile made the whole 1.3 times as slow.
 
 One H200, rate over that of one dense cuBLAS matmul of the same FLOPs (kernel times, single calls of each in turn, medians), before
 tickets had a warpgroup of their own:
@@ -16,6 +16,7 @@ with 3 out_slots: 0.925 V2-Lite.
 Letters: M rows, A and B matmul dims (B of the result), D model, F hidden, E experts. Kernel-side names: x rows, w weights.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -61,18 +62,10 @@ def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, s
     return _launch([x_MD], [w_gate_EDF, w_up_EDF], weight_M, group_sizes_E, row_unit, False, outs=3 if save else 1)
 
 
-def tile_table(group_sizes_E: jax.Array, row_unit: int, most_rows: int, capacity: int) -> jax.Array:
-    """int32 [4, capacity]: how many blocks of rows there are, and the expert, the first row / unit and the rows / unit of each.
-
-    An expert is cut into the fewest blocks, as equal as can be.
-    """
-    units_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit)
-    blocks_E = pl.cdiv(units_E, most_rows // row_unit)
-    expert, index, count = tickets.deal(blocks_E, capacity)
-    blocks = jnp.maximum(blocks_E, 1)[expert]
-    height, taller = units_E[expert] // blocks, units_E[expert] % blocks
-    first = tickets.before(units_E)[expert] + index * height + jnp.minimum(index, taller)
-    return jnp.stack([jnp.full_like(first, count), expert, first, height + (index < taller)])
+def _equal(units, blocks, index):
+    """A cut for `tickets.table`: blocks as equal as can be."""
+    height, taller = units // blocks, units % blocks
+    return index * height + jnp.minimum(index, taller), height + (index < taller)
 
 
 def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool, outs: int) -> list[jax.Array]:
@@ -84,7 +77,8 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     steps = [x.shape[1] // STEP for x in xs_MA]
     total_steps = sum(steps)
     column_tiles = pl.cdiv(columns, 2 * width)
-    table = tile_table(group_sizes_E, row_unit, t.rows, rows // t.rows + experts)
+    units_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit)
+    table = tickets.table(units_E, t.rows // row_unit, rows // t.rows + experts, _equal)
 
     def grouped_matmul(*refs):
         x_gmems, refs = refs[: len(xs_MA)], refs[len(xs_MA) :]
@@ -141,15 +135,10 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
-            def describe(ticket):
-                """Columns fastest: neighbours share rows."""
-                block, column = lax.div(ticket, jnp.int32(column_tiles)), lax.rem(ticket, jnp.int32(column_tiles))
-                expert, first, units = (table_gmem[field, block] for field in (1, 2, 3))
-                return expert, first, column, units
-
             def attach(fields, words, barrier):  # the row weights, as integers
                 plgpu.copy_gmem_to_smem(weight_gmem[0].at[pl.ds(fields[1] * t.unit, t.rows)], words, barrier)
 
+            describe = functools.partial(tickets.look_up, table_gmem, column_tiles)
             tickets.lead(describe, count, ring, attach if gated else None)
 
         @pl.when(wg == 2)

@@ -21,15 +21,28 @@ from pallas_kernels.hopper import drain
 ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
 
 
-def deal(blocks_E: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The expert of each block of rows and which of its blocks it is, int32 [capacity], and the number of blocks.
+def table(lengths_E: jax.Array, most: int, capacity: int, cut: Callable) -> jax.Array:
+    """Experts' rows, which may be counted in units, in the fewest blocks of at most `most`.
 
-    Blocks past the last are of no meaning, but of some expert.
+    Returns int32 [4, capacity]: the number of blocks; and the expert, the first row and the length of each. What lies past the last
+    is of no meaning, but names some expert.
+
+    `cut(length, blocks, index)` says where a block begins within an expert of so many rows and blocks, and how long it is.
     """
+    blocks_E = pl.cdiv(lengths_E, most)
     ends_E = before(blocks_E) + blocks_E
     block = jnp.arange(capacity, dtype=jnp.int32)
     expert = jnp.minimum((block[:, None] >= ends_E).sum(axis=1, dtype=jnp.int32), blocks_E.size - 1)
-    return expert, block - (ends_E - blocks_E)[expert], ends_E[-1]
+    begin, length = cut(lengths_E[expert], jnp.maximum(blocks_E, 1)[expert], block - (ends_E - blocks_E)[expert])
+    first = before(lengths_E)[expert] + begin
+    return jnp.stack([jnp.full_like(first, ends_E[-1]), expert, first, length])
+
+
+def look_up(table_gmem, columns: int, ticket: jax.Array) -> tuple[jax.Array, ...]:
+    """The expert, first row, column tile and length of a ticket's tile. Columns are fastest: neighbours share rows."""
+    block, column = lax.div(ticket, jnp.int32(columns)), lax.rem(ticket, jnp.int32(columns))
+    expert, first, length = (table_gmem[field, block] for field in (1, 2, 3))
+    return expert, first, column, length
 
 
 def before(counts_E: jax.Array) -> jax.Array:
@@ -53,8 +66,8 @@ def ring(readers: int, depth: int, attached: int = 0) -> list:
 def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | None = None) -> None:
     """Takes tickets and passes on those below `count`, ahead of the readers, until they are done with all of them.
 
-    `fields = describe(ticket)` reads what the tile is from global memory: that and the ticket take 2 us, for which no reader
-    should wait. `attach(fields, words, barrier)` starts one copy that comes along.
+    `fields = describe(ticket)` reads what the tile is from global memory: no reader should wait for that.
+    `attach(fields, words, barrier)` starts one copy that comes along.
     """
     tiles, come, done = refs
     depth = tiles.shape[0]

@@ -21,6 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.grouped_matmul import padded_rows, row_unit
+from pallas_kernels.tickets import before
 from sharding import specs
 from sharding.rounds import in_rounds
 
@@ -181,7 +182,7 @@ def expert_order(local_NK: jax.Array, num_experts: int, unit: int, rows: int) ->
         place_P = jnp.zeros_like(index_P).at[sorted_P].set(index_P, unique_indices=True)
         before_P = place_P - jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)[expert_P]
     padded_E = -(-sizes_E // unit) * unit
-    starts_E = jnp.where(index_E < index_E[:, None], padded_E, 0).sum(axis=1) if few else jnp.cumsum(padded_E) - padded_E
+    starts_E = before(padded_E)
     row_P = jnp.where(expert_P < num_experts, jnp.append(starts_E, 0)[expert_P] + before_P, rows)
     row_NK = row_P.astype(jnp.int32).reshape(local_NK.shape)
     if few:

@@ -9,7 +9,7 @@ import pytest
 from jax import P
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch, grouped_matmul_hopper, grouped_wgrad_hopper, tickets
+from pallas_kernels import dispatch, grouped_matmul_fp8_hopper, grouped_matmul_hopper, grouped_wgrad_hopper, tickets
 from pallas_kernels.grouped_matmul import grouped_matmul, padded_rows, row_unit
 from pallas_kernels.grouped_mlp import grouped_mlp
 from tests.kernel_cases import GroupedCases, GroupedMatmulCases, GroupedMlpCases, assert_repeats, close, with_gradients
@@ -127,6 +127,21 @@ class TestInterpreter(Bfloat16):
                 first = starts[e] - -(-size // block) * block
                 mine = slice(first, first + size)
                 close(dw_EAB[e], exact(x_MA[mine]).T @ exact(dy_MB[mine]), self.BOUND)
+
+
+@pytest.mark.parametrize("cut", [grouped_matmul_hopper._equal, functools.partial(grouped_matmul_fp8_hopper._whole, 12)])
+def test_blocks_of_rows_cover_each_expert_once(cut):
+    rng, most, capacity = np.random.default_rng(0), 12, 60
+    table = jax.jit(lambda lengths_E: tickets.table(lengths_E, most, capacity, cut))
+    for case in range(50):
+        lengths_E = rng.multinomial(rng.integers(0, 400), rng.dirichlet(np.full(20, 0.5))) * (case > 0)
+        count, experts, firsts, lengths = np.asarray(table(jnp.asarray(lengths_E, jnp.int32)))
+        blocks_E, starts_E = -(-lengths_E // most), np.cumsum(lengths_E) - lengths_E
+        assert (count == blocks_E.sum()).all()
+        assert experts[: count[0]].tolist() == np.repeat(np.arange(20), blocks_E).tolist()
+        rows = [(e, row) for e, first, n in zip(experts, firsts, lengths[: count[0]]) for row in range(first, first + n)]
+        assert rows == [(e, start + row) for e, (start, n) in enumerate(zip(starts_E, lengths_E)) for row in range(n)]
+        assert count[0] == 0 or 0 < lengths[: count[0]].min() <= lengths[: count[0]].max() <= most
 
 
 def exact(a):
