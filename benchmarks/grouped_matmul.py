@@ -143,7 +143,7 @@ def tune():
                     mock.patch.object(grouped_wgrad_hopper, "STAGES", stages(*s)) for s in ((4, 3, 4), (5, 3, 2), (6, 3, 2))
                 ]
             else:
-                made = [functools.partial(lambda t, unit, *_: tiling(unit, *t), t) for t in tilings]
+                made = [functools.partial(lambda t, unit, *_: tiling(2, unit, *t), t) for t in tilings]
                 patches = [mock.patch.object(grouped_matmul_hopper, "tiling", f) for f in made]
             for patch in patches:
                 with patch:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
 from pallas_kernels.einsum import einsum_float32
-from sharding import specs
 
 
 class Routing(NamedTuple):
@@ -35,11 +34,11 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
     allowed_BTE = scores_BTE
     if cfg.topk_method == "group_limited_greedy":
         grouped_BTGX = scores_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
-        _, groups_BTM = _top_k(grouped_BTGX.max(axis=-1), cfg.topk_group)
+        groups_BTM = _largest(grouped_BTGX.max(axis=-1), cfg.topk_group)
         chosen_BTG = jax.nn.one_hot(groups_BTM, cfg.n_group, dtype=bool).any(axis=-2)
         # Below 0, not 0: a chosen group's affinities may underflow to that, and a tie must not lead out of the groups.
         allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, -1.0).reshape(scores_BTE.shape)
-    _, experts_BTK = _top_k(jax.lax.stop_gradient(allowed_BTE), cfg.num_experts_per_tok)
+    experts_BTK = _largest(allowed_BTE, cfg.num_experts_per_tok)
     # By a sum, whose gradient, unlike that of a look-up, adds nothing up in an order that changes from run to run.
     affinities_BTK = (scores_BTE[:, :, None] * jax.nn.one_hot(experts_BTK, cfg.n_routed_experts)).sum(axis=-1)
     if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
@@ -51,9 +50,17 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
     return Routing(experts_BTK, weights_BTK, affinities_BTK, scores_BTE)
 
 
-def _top_k(values_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` where the tokens are: left to itself, the compiler may gather the whole batch for it."""
-    return jax.shard_map(lambda values: jax.lax.top_k(values, k), out_specs=specs.activations_BTD)(values_BTE)
+def _largest(values_BTE: jax.Array, k: int) -> jax.Array:
+    """Where the k largest values are, in falling order, the first of equal ones first: the indices of `jax.lax.top_k`.
+
+    All compared with all is a small program on a GPU, where top_k sorts; and the compiler would gather the whole batch for it.
+    """
+    index_E = jnp.arange(values_BTE.shape[-1], dtype=jnp.int32)
+    one, other = values_BTE[..., None], values_BTE[..., None, :]
+    rank_BTE = ((other > one) | (other == one) & (index_E < index_E[:, None])).sum(axis=-1, dtype=jnp.int32)
+    at_rank_BTKE = rank_BTE[..., None, :] == jnp.arange(k, dtype=jnp.int32)[:, None]
+    # Of values that are not numbers all have rank 0; an index there is, none the less.
+    return jnp.minimum(jnp.where(at_rank_BTKE, index_E, 0).sum(axis=-1, dtype=jnp.int32), index_E[-1])
 
 
 def reach(cfg: ModelConfig, devices: int) -> tuple[int, float]:

@@ -3,8 +3,8 @@
 The weights are wgmma's M operand (out^T = w^T x^T), so that a tile is any multiple of 16 rows tall, and an expert's rows are cut
 into equally tall tiles: no row is multiplied in vain but those that pad an expert to `row_unit`. A tile is 256 columns wide, 128
 for each of two consumers, which share the rows in shared memory and have a ring of weights each. The second consumer's weights
-come `LAG` steps later, so that one consumer stores its result while the other keeps the tensor cores busy. A third warpgroup loads,
-a fourth takes tickets: while one did both, a longer search for a ticket's tile made the whole 1.3 times as slow.
+come `LAG` steps later, so that one consumer stores its result while the other keeps the tensor cores busy. (Where few experts have
+rows at all, there is but one.) Another warpgroup loads, and another takes tickets.
 
 One H200, rate over that of one dense cuBLAS matmul of the same FLOPs (kernel times, single calls of each in turn, medians), before
 tickets had a warpgroup of their own:
@@ -30,11 +30,13 @@ from pallas_kernels.hopper import COL, PARAMS, SMS, drain, registers, spread, sw
 
 STEP = 64  # of the contraction: 128 bytes of bfloat16, one swizzled row
 LAG = 1
+FEW = 32  # rows of a tile, at most, where the weights' bytes are all that counts
 
 
 class Tiling(NamedTuple):
     """Heights are multiples of `unit` up to `rows`; the kernel holds a copy of its loop for each."""
 
+    consumers: int
     unit: int
     rows: int
     x_stages: int  # more than w_stages by LAG: rows stay until the second consumer has used them
@@ -44,9 +46,11 @@ class Tiling(NamedTuple):
 
 def tiling(row_unit: int, rows: int, experts: int) -> Tiling:
     """By the mean rows of an expert: figures above; `python -m benchmarks.grouped_matmul --tune` measures again."""
-    if row_unit <= 32 and rows <= 48 * experts:  # decode: the weights' bytes are all that counts
-        return Tiling(row_unit, 32, 6, 5, 2)
-    return Tiling(row_unit, min(192, rows // row_unit * row_unit), 4, 3, 2)
+    if row_unit <= FEW and rows <= 48 * experts:  # decode
+        if rows <= 16 * experts:  # the weights of some experts: narrow tiles, so that all SMs read
+            return Tiling(1, row_unit, FEW, 10, 9, 2)
+        return Tiling(2, row_unit, FEW, 6, 5, 2)
+    return Tiling(2, row_unit, min(192, rows // row_unit * row_unit), 4, 3, 2)
 
 
 def matmul(xs_MA: list, ws: list, group_sizes_E: jax.Array, row_unit: int, transposed: bool = False) -> jax.Array:
@@ -74,9 +78,10 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     columns = ws[0].shape[1 if transposed else 2]
     width = 64 if gated else 128  # of a consumer's result
     t = tiling(row_unit, rows, experts)
+    consumers, few = range(t.consumers), t.rows <= FEW
     steps = [x.shape[1] // STEP for x in xs_MA]
     total_steps = sum(steps)
-    column_tiles = pl.cdiv(columns, 2 * width)
+    column_tiles = pl.cdiv(columns, t.consumers * width)
     units_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit)
     table = tickets.table(units_E, t.rows // row_unit, rows // t.rows + experts, _equal)
 
@@ -117,7 +122,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
             s = slot(step, t.w_stages)
             place = consumer * t.w_stages + s
             pl.when(step >= t.w_stages)(lambda: plgpu.barrier_wait(w_free.at[place]))
-            cols = pl.ds((2 * column + consumer) * width, width)
+            cols = pl.ds((t.consumers * column + consumer) * width, width)
 
             def copy(pair, ks):
                 w = w_gmems[pair]
@@ -131,7 +136,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
             else:
                 per_pair(k, copy)
 
-        @pl.when(wg == 3)
+        @pl.when(wg == t.consumers + 1)
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
@@ -139,9 +144,9 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                 plgpu.copy_gmem_to_smem(weight_gmem[0].at[pl.ds(fields[1] * t.unit, t.rows)], words, barrier)
 
             describe = functools.partial(tickets.look_up, table_gmem, column_tiles)
-            tickets.lead(describe, count, ring, attach if gated else None)
+            tickets.lead(describe, count, ring, attach if gated else None, in_turn=few)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == t.consumers)
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
@@ -157,12 +162,14 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
 
                     def head(k, _):
                         both(k, None)
-                        late = lambda: load_weights(1, expert0, column0, total_steps - LAG + k, before + k - LAG)  # noqa: E731
-                        pl.when(before > 0)(late)
+                        for consumer in consumers[1:]:
+                            late = functools.partial(load_weights, consumer, expert0, column0)
+                            pl.when(before > 0)(lambda late=late: late(total_steps - LAG + k, before + k - LAG))
 
                     def rest(k, _):
                         both(k, None)
-                        load_weights(1, expert, column, k - LAG, before + k - LAG)
+                        for consumer in consumers[1:]:
+                            load_weights(consumer, expert, column, k - LAG, before + k - LAG)
 
                     lax.fori_loop(0, LAG, head, None)
                     lax.fori_loop(LAG, total_steps, rest, None)
@@ -174,20 +181,21 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
             done, expert, column = tickets.follow(tile, 4, (zero, zero, zero), count, ring)
 
             def flush(k, _):
-                load_weights(1, expert, column, total_steps - LAG + k, done - LAG + k)
+                for consumer in consumers[1:]:
+                    load_weights(consumer, expert, column, total_steps - LAG + k, done - LAG + k)
 
             pl.when(done > 0)(lambda: lax.fori_loop(0, LAG, flush, None))
             drain(x_free, done, t.x_stages)
-            for consumer in range(2):
+            for consumer in consumers:
                 drain(w_free, done, t.w_stages, consumer * t.w_stages)
 
-        @pl.when(wg < 2)
+        @pl.when(wg < t.consumers)
         def _():
-            plgpu.set_max_registers(registers(2, 2), action="increase")
+            plgpu.set_max_registers(registers(t.consumers, 2), action="increase")
 
             def tile(fields, ring_slot, before):
                 _, first, column, units = fields
-                first, column = first * t.unit, 2 * column + wg
+                first, column = first * t.unit, t.consumers * column + wg
 
                 def free(k):
                     plgpu.barrier_arrive(x_free.at[slot(before + k, t.x_stages)])
@@ -248,7 +256,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                     plgpu.barrier_wait(w_full.at[wg * t.w_stages + slot(before + k, t.w_stages)])
                     free(k)
 
-                if pl.cdiv(columns, width) % 2:  # the last tile has nothing for the second consumer
+                if pl.cdiv(columns, width) % t.consumers:  # the last tile has nothing for the second consumer
                     inside = column * width < columns
                     lax.cond(inside, lambda: per_height(units, compute), lambda: lax.fori_loop(0, total_steps, skip, None))
                 else:
@@ -263,20 +271,20 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     transforms = swizzled(dtype)
     scratch = [
         plgpu.SMEM((t.x_stages, t.rows, STEP), dtype, transforms=transforms),
-        plgpu.SMEM((2, t.w_stages, *tile_of_w), dtype, transforms=transforms),
-        plgpu.SMEM((2, t.out_slots, block, 64), dtype, transforms=transforms),
+        plgpu.SMEM((t.consumers, t.w_stages, *tile_of_w), dtype, transforms=transforms),
+        plgpu.SMEM((t.consumers, t.out_slots, block, 64), dtype, transforms=transforms),
         plgpu.Barrier(num_arrivals=1, num_barriers=t.x_stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=t.x_stages),
-        plgpu.Barrier(num_arrivals=1 + gated, num_barriers=2 * t.w_stages),
-        plgpu.Barrier(num_arrivals=1, num_barriers=2 * t.w_stages),
-        *tickets.ring(readers=3, depth=2, attached=t.rows if gated else 0),
+        plgpu.Barrier(num_arrivals=t.consumers, num_barriers=t.x_stages),
+        plgpu.Barrier(num_arrivals=1 + gated, num_barriers=t.consumers * t.w_stages),
+        plgpu.Barrier(num_arrivals=1, num_barriers=t.consumers * t.w_stages),
+        *tickets.ring(readers=t.consumers + 1, depth=2, attached=t.rows if gated else 0),
     ]
     kernel = plgpu.kernel(
         grouped_matmul,
         out_type=[jax.ShapeDtypeStruct((rows, columns), dtype)] * outs,
         grid=(SMS,),
         grid_names=("sm",),
-        num_threads=4,
+        num_threads=t.consumers + 2,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=PARAMS,

@@ -196,7 +196,7 @@ def _feed(tile, q_nope_gmem, q_rope_gmem, k_nope_gmem, k_rope_gmem, v_gmem, shar
     def take(turn) -> _Tile:
         at = lax.rem(turn, jnp.int32(2))
         pl.when(turn >= 2)(lambda: plgpu.barrier_wait(shared.tile_free.at[at]))
-        tickets.take_ticket(counter, shared.tiles.at[at, pl.ds(0, 1)], turn)
+        tickets.take_ticket(counter, shared.tiles.at[at, pl.ds(0, 1)], first=0)
         this = tile(shared.tiles[at, 0])
         for place, field in enumerate(this, 1):
             shared.tiles[at, place] = field

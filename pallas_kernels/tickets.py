@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 
-from pallas_kernels.hopper import drain
+from pallas_kernels.hopper import SMS, drain
 
 ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
 
@@ -63,21 +63,30 @@ def ring(readers: int, depth: int, attached: int = 0) -> list:
     ]
 
 
-def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | None = None) -> None:
+def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | None = None, in_turn: bool = False) -> None:
     """Takes tickets and passes on those below `count`, ahead of the readers, until they are done with all of them.
+
+    The grid is "sm", SMS programs. `in_turn`: program s has the tickets s, s + SMS, ..: for tiles that take equally long. A counter would
+    have to be set to zero before every launch, which in a graph of small kernels takes longer than some of these.
 
     `fields = describe(ticket)` reads what the tile is from global memory: no reader should wait for that.
     `attach(fields, words, barrier)` starts one copy that comes along.
     """
     tiles, come, done = refs
     depth = tiles.shape[0]
-    counter = new_counter()
+    program = lax.axis_index("sm")
+    counter = None if in_turn else new_counter()
 
     def take(i):
         slot = lax.rem(i, jnp.int32(depth))
         pl.when(i >= depth)(lambda: plgpu.barrier_wait(done.at[slot]))
-        take_ticket(counter, tiles.at[slot, pl.ds(0, 1)], i)
-        ticket = tiles[slot, 0]
+        if counter is None:
+            tiles[slot, 0] = program + i * SMS
+        else:
+            take_ticket(counter, tiles.at[slot, pl.ds(0, 1)], SMS)
+        return pass_on(slot, tiles[slot, 0])
+
+    def pass_on(slot, ticket):
         fields = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)))
         for place, field in enumerate(fields, 1):
             tiles[slot, place] = field
@@ -87,7 +96,9 @@ def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | No
         return ticket
 
     zero = jnp.int32(0)
-    last, _ = lax.while_loop(lambda state: state[1] < count, lambda state: (state[0] + 1, take(state[0] + 1)), (zero, take(zero)))
+    tiles[0, 0] = program  # the first ticket is its own: no need to ask
+    first = zero, pass_on(zero, program)
+    last, _ = lax.while_loop(lambda state: state[1] < count, lambda state: (state[0] + 1, take(state[0] + 1)), first)
     drain(done, last + 1, depth)
 
 
@@ -120,16 +131,12 @@ def words(refs: list, slot: jax.Array):
 
 
 def new_counter():
-    """A counter of the whole grid, zero when a launch begins; every call makes another."""
+    """A counter of the whole grid, zero when a launch begins; every call makes another. (Tests put None here: all in turn.)"""
     return pl.get_global(plgpu.SemaphoreType.REGULAR)
 
 
-def take_ticket(counter, slot, i: jax.Array) -> None:
-    """Leaves this program's i-th ticket in shared memory: one thread adds 1 to the counter and keeps its old value.
-
-    (Pallas' atomics return nothing. The interpreter has none; its tests put a function of `i` here.)
-    """
-    del i
+def take_ticket(counter, slot, first: int) -> None:
+    """Leaves a ticket, `first` or later, in shared memory: one thread adds 1 to the counter. (Pallas' atomics return nothing.)"""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def emit(_, counter, slot):
@@ -137,7 +144,7 @@ def take_ticket(counter, slot, i: jax.Array) -> None:
             add = "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;"
             pointer, i32 = mgpu.utils.memref_ptr(counter), ir.IntegerType.get_signless(32)
             old = llvm.inline_asm(i32, [pointer], add, "=r,l", has_side_effects=True)
-            memref.store(old, slot, [arith.constant(ir.IndexType.get(), 0)])
+            memref.store(arith.addi(old, arith.constant(i32, first)), slot, [arith.constant(ir.IndexType.get(), 0)])
         mgpu.utils.warpgroup_barrier()
 
     emit(counter, slot)

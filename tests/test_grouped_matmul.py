@@ -34,9 +34,9 @@ class Bfloat16(GroupedCases):
     MANY = (307, 0, 1, 64, 190), (0, 0, 700, 0, 0), (0, 0, 0, 0, 0), (16, 193, 385, 100, 7)
     FEW = (3, 0, 1, 40, 16), (0, 0, 0, 0, 0), (0, 200, 0, 0, 0)
     SHAPES = (
-        ((192, 64), 64, MANY),
+        ((192, 128), 64, MANY),
         ((5120, 1536), 16, FEW),
-        ((192, 64), 16, FEW),
+        ((192, 128), 16, FEW),
         ((2048, 1408), 32, MANY),
         ((5120, 1536), 16, MANY),
     )
@@ -72,12 +72,8 @@ class TestInterpreter(Bfloat16):
 
     @pytest.fixture(autouse=True)
     def interpreter(self, monkeypatch):
-        def deal(_, slot, i):
-            slot[...] = jnp.full((1,), jax.lax.axis_index("sm") + 3 * i, jnp.int32)
-
         monkeypatch.setattr(tickets, "new_counter", lambda: None)
-        monkeypatch.setattr(tickets, "take_ticket", deal)
-        for kernel in (grouped_matmul_hopper, grouped_wgrad_hopper):
+        for kernel in (grouped_matmul_hopper, grouped_wgrad_hopper, tickets):
             monkeypatch.setattr(kernel, "SMS", 3)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
             yield
@@ -174,15 +170,20 @@ def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": jax.ShapeDtypeStruct((128, 64), jnp.float32)}, "float32"),
-        ({"w": jax.ShapeDtypeStruct((4, 96, 64), jnp.bfloat16)}, "64 divides"),
+        ({"x": jax.ShapeDtypeStruct((128, 128), jnp.float32)}, "float32"),
+        ({"w": jax.ShapeDtypeStruct((4, 160, 128), jnp.bfloat16)}, "64 divides"),
+        ({"w": jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)}, "128 or more"),
         ({"unit": 8}, "row_unit is 8"),
-        ({"x": jax.ShapeDtypeStruct((120, 64), jnp.bfloat16)}, "120 rows"),
+        ({"x": jax.ShapeDtypeStruct((120, 128), jnp.bfloat16)}, "120 rows"),
     ],
 )
 def test_the_kernel_says_what_it_needs(change, message, monkeypatch):
     monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
-    fits = {"x": jax.ShapeDtypeStruct((128, 64), jnp.bfloat16), "w": jax.ShapeDtypeStruct((4, 64, 64), jnp.bfloat16), "unit": 16}
+    fits = {
+        "x": jax.ShapeDtypeStruct((128, 128), jnp.bfloat16),
+        "w": jax.ShapeDtypeStruct((4, 128, 192), jnp.bfloat16),
+        "unit": 16,
+    }
     operands = fits | change
     run = functools.partial(grouped_matmul, row_unit=operands["unit"], implementation="pallas")
     with pytest.raises(ValueError, match=message):

@@ -83,13 +83,10 @@ class TestInterpreter(Fp8GroupedMatmulCases):
 
     @pytest.fixture(autouse=True)
     def interpreter(self, monkeypatch):
-        def deal(_, slot, i):
-            slot[...] = jnp.full((1,), jax.lax.axis_index("sm") + 2 * i, jnp.int32)
-
         monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
         monkeypatch.setattr(tickets, "new_counter", lambda: None)
-        monkeypatch.setattr(tickets, "take_ticket", deal)
-        monkeypatch.setattr(grouped_matmul_fp8_hopper, "SMS", 2)
+        for module in (grouped_matmul_fp8_hopper, tickets):
+            monkeypatch.setattr(module, "SMS", 2)
         jax.clear_caches()  # kernels are traced once a shape
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
             yield
