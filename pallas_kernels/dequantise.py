@@ -1,7 +1,12 @@
-"""Codes to float16 in registers, as the left operand of a wgmma.
+"""Codes in shared memory to float16 in registers, twice: as keys and, transposed, as values, both the left operand of a wgmma.
 
-A chunk is 64 tokens of 128 latents: thread 4 r + t of a warp's 32 holds rows r and r + 8 of the warp's 16, and in them the
-columns 2 t and 2 t + 1 of every 8. The pages store a token's codes so that a thread finds its own in consecutive bytes.
+A warp's lane is (g, t) = (lane / 4, lane % 4); of a left operand of 64 rows it holds rows 16 w + g and + 8 for warp w, and in them
+columns 2 t and 2 t + 1 of every 8. A box is 64 tokens of 128 bytes of codes; segment s of 16 bytes of token r lies at s ^ (r % 8).
+The pages store a token's codes so that a lane finds those of its keys in segments 2 t and 2 t + 1.
+
+For values a transposing matrix load takes a segment of eight tokens as a matrix of 16-bit units, which are two e4m3 codes or one
+half of a word of 6-bit codes. It gives lane (g, t) unit g of tokens 2 t and 2 t + 1: the pair that a row of V^T wants. So the rows
+of V^T, and of outputs, are latents in an order of their own, which `store_output` knows.
 """
 
 import jax.numpy as jnp
@@ -14,20 +19,12 @@ from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.hopper import WGMMA, swizzled
 
-CHUNK = 128
+FP8_BOX, INT6_BOX = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.float8_e4m3fn, jnp.uint32))
 
 
-def _rows(columns: int, vector: int, lanes: int):
-    """The layout of [64, columns] in which each of four lanes has its own columns / lanes of a row, in vectors."""
-    lane = -4 if lanes == 4 else plgpu.Replicated(4)
-    tiling = plgpu.Tiling(((64, columns), (16, columns), (8, columns // lanes), (vector,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, lane), vector_dim=-1)
+def _f16(columns: int):
+    return plgpu.ShapeDtypeStruct((64, columns), jnp.float16, layout=WGMMA)
 
-
-BYTES = _rows(128, 16, lanes=4)
-WORDS = _rows(32, 4, lanes=4)
-SPANS = _rows(16, 8, lanes=1)  # every lane needs all groups' spans
-KEYS = plgpu.ShapeDtypeStruct((64, CHUNK), jnp.float16, layout=WGMMA)
 
 FP8 = """{
 .reg .b16 low, high;
@@ -36,22 +33,76 @@ cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }"""
 
-# (x & mask) | y is 0xEA to lop3. Codes go to bits 4-9 of a half, under the exponent of 1.0: 1 + code / 64.
+# Of the box at $1: a lane's first row and in it segment 2 t; bit 4 changed, 2 t + 1.
+KEY_PLACE = """{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+and.b32 y, x, 3;
+shl.b32 y, y, 5;
+.reg .b32 z;
+bfe.u32 x, x, 2, 3;
+shl.b32 z, x, 4;
+xor.b32 y, y, z;
+mad.lo.u32 y, x, 128, y;
+mov.u32 x, %tid.x;
+bfe.u32 x, x, 5, 2;
+mad.lo.u32 y, x, 2048, y;
+add.u32 $0, y, $1;
+}"""
+LOAD4 = """{{
+.reg .b32 x;
+xor.b32 x, $4, {swap};
+ld.shared.v4.b32 {{$0, $1, $2, $3}}, [x + {offset}];
+}}"""
+LOAD4_PLAIN = "ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+
+# Lane's row of the transposing load of segment $2 of tokens 0 .. 31 of box $1.
+VALUE_PLACE = """{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+and.b32 x, x, 31;
+and.b32 y, x, 7;
+xor.b32 y, y, $2;
+shl.b32 y, y, 4;
+mad.lo.u32 y, x, 128, y;
+add.u32 $0, y, $1;
+}"""
+LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+
+# Two tokens' pairs of codes to two codes' pairs of tokens.
+SPLIT = """{
+.reg .b32 x;
+.reg .b16 low, high;
+prmt.b32 x, $2, 0, 0x3120;
+mov.b32 {low, high}, x;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}"""
+
+# (x & mask) | y is 0xEA to lop3. Codes go to bits 4-9 of a half, under the exponent of 1.0: 1 + code / 64, which the span and -1.5
+# times as much turn into a latent. Codes 0 .. 3 of the words $4 and $5, or 4 .. 7 of $4, $5 and $6 (see `codes_to_words`).
 # Results are moved last: only then may they take the place of operands.
-INT6 = "\n".join(
-    ["{", ".reg .b32 x;", ".reg .b32 y<8>;"]
+INT6_LOW = "\n".join(
+    ["{", ".reg .b32 x;", ".reg .b32 y<4>;"]
     + [
-        f"lop3.b32 y{2 * i}, ${8 + i}, 0x03F003F0, 0x3C003C00, 0xEA;"
-        f"shr.u32 x, ${8 + i}, 6; lop3.b32 y{2 * i + 1}, x, 0x03F003F0, 0x3C003C00, 0xEA;"
-        for i in range(3)
-    ]
-    + [
-        f"shl.b32 x, ${8 + i}, 6; lop3.b32 y{6 + i}, x, 0x03C003C0, 0x3C003C00, 0xEA;"
-        f"shl.b32 x, $10, {4 - 2 * i}; lop3.b32 y{6 + i}, x, 0x00300030, y{6 + i}, 0xEA;"
+        f"lop3.b32 y{2 * i}, ${4 + i}, 0x03F003F0, 0x3C003C00, 0xEA;"
+        f"shr.u32 x, ${4 + i}, 6; lop3.b32 y{2 * i + 1}, x, 0x03F003F0, 0x3C003C00, 0xEA;"
         for i in range(2)
     ]
-    + [f"fma.rn.f16x2 y{i}, y{i}, ${11 + i // 4}, ${13 + i // 4};" for i in range(8)]
-    + [f"mov.b32 ${i}, y{i};" for i in range(8)]
+    + [f"fma.rn.f16x2 y{i}, y{i}, $6, $7;" for i in range(4)]
+    + [f"mov.b32 ${i}, y{i};" for i in range(4)]
+    + ["}"]
+)
+INT6_HIGH = "\n".join(
+    ["{", ".reg .b32 x;", ".reg .b32 y<4>;"]
+    + ["lop3.b32 y0, $6, 0x03F003F0, 0x3C003C00, 0xEA;shr.u32 x, $6, 6; lop3.b32 y1, x, 0x03F003F0, 0x3C003C00, 0xEA;"]
+    + [
+        f"shl.b32 x, ${4 + i}, 6; lop3.b32 y{2 + i}, x, 0x03C003C0, 0x3C003C00, 0xEA;"
+        f"shl.b32 x, $6, {4 - 2 * i}; lop3.b32 y{2 + i}, x, 0x00300030, y{2 + i}, 0xEA;"
+        for i in range(2)
+    ]
+    + [f"fma.rn.f16x2 y{i}, y{i}, $7, $8;" for i in range(4)]
+    + [f"mov.b32 ${i}, y{i};" for i in range(4)]
     + ["}"]
 )
 
@@ -68,94 +119,228 @@ mov.b32 $0, y;
 mov.b32 $1, x;
 }"""
 
-
-# Where a lane's row of a step's four 8 x 8 matrices goes: rows 0-7, rows 8-15, and the next eight columns of both.
-PLACE = """{
-.reg .b32 x, y;
-and.b32 x, $1, 7;
-shl.b32 x, x, 7;
-add.u32 x, x, $2;
-bfe.u32 y, $1, 3, 1;
-mad.lo.u32 x, y, 8192, x;
-bfe.u32 y, $1, 5, 2;
-mad.lo.u32 x, y, 16384, x;
-bfe.u32 y, $1, 4, 1;
-xor.b32 y, y, $1;
-and.b32 y, y, 7;
-mad.lo.u32 $0, y, 16, x;
+# A lane's span of group g for two tokens, and lane ^ 4's: of the even group and of the odd one.
+PAIR_SPANS = """{
+.reg .b32 x, y, z;
+.reg .pred odd;
+mov.u32 z, %tid.x;
+and.b32 z, z, 4;
+setp.ne.u32 odd, z, 0;
+mov.b32 y, $2;
+shfl.sync.bfly.b32 x, y, 4, 31, 0xffffffff;
+selp.b32 $0, x, y, odd;
+selp.b32 $1, y, x, odd;
 }"""
-STORE = """{{
+NEGATED = "{.reg .b32 y; mov.b32 y, 0xBE00BE00; mul.rn.f16x2 $0, $1, y;}"
+
+
+# Where a thread's results of column 2 t + k lie in [16, 512] of bfloat16, in swizzled tiles of 8 x 64.
+FP8_PLACE = """{{
+.reg .b32 x, y, z;
+mov.u32 x, %tid.x;
+and.b32 y, x, 3;
+mad.lo.u32 y, y, 2, {k};
+bfe.u32 z, x, 2, 3;
+xor.b32 z, z, y;
+shl.b32 z, z, 4;
+mad.lo.u32 y, y, 128, z;
+bfe.u32 z, x, 5, 1;
+mad.lo.u32 y, z, 1024, y;
+bfe.u32 z, x, 6, 1;
+mad.lo.u32 y, z, 4, y;
+add.u32 $0, y, $1;
+}}"""
+INT6_PLACE = """{{
+.reg .b32 x, y, z;
+mov.u32 x, %tid.x;
+and.b32 y, x, 3;
+mad.lo.u32 y, y, 2, {k};
+mul.lo.u32 y, y, 144;
+bfe.u32 z, x, 5, 1;
+mad.lo.u32 y, z, 4096, y;
+bfe.u32 z, x, 3, 2;
+mad.lo.u32 y, z, 1024, y;
+bfe.u32 z, x, 6, 1;
+mad.lo.u32 y, z, 8, y;
+bfe.u32 z, x, 2, 1;
+mad.lo.u32 y, z, 2, y;
+add.u32 $0, y, $1;
+}}"""
+STORE_BF16 = """{{
 .reg .b32 x;
+.reg .b16 v;
+cvt.rn.bf16.f32 v, $1;
 xor.b32 x, $0, {swap};
-stmatrix.sync.aligned.m8n8.x4.shared.b16 [x + {offset}], {{$1, $2, $3, $4}};
+st.shared.b16 [x + {offset}], v;
 }}"""
 
 
-@plgpu.inline_mgpu(arg_types=(BYTES,), return_type=KEYS)
-def fp8(_, codes):
-    """[64, 128] e4m3 to float16, exact."""
-    rows = [[pair for x in _words(row) for pair in _ptx(FP8, 2, x)] for row in codes.registers.reshape(2, -1)]
-    return _keys(rows)
+# The segment that a warp w takes: first + w, or first + 4 (w / 2) + w % 2.
+FP8_SEGMENT = "{{.reg .b32 x; mov.u32 x, %tid.x; bfe.u32 x, x, 5, 2; add.u32 $0, x, {first};}}"
+INT6_SEGMENT = """{{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 6, 1;
+bfe.u32 x, x, 5, 1;
+mad.lo.u32 x, y, 4, x;
+add.u32 $0, x, {first};
+}}"""
+# Spans [64 tokens, 16 groups]: a lane's first row, and its row of the transposing load of the eight groups of its segments.
+KEY_SPANS = """{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 2, 3;
+bfe.u32 x, x, 5, 2;
+mad.lo.u32 y, x, 16, y;
+mad.lo.u32 $0, y, 32, $1;
+}"""
+VALUE_SPANS = """{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+and.b32 y, x, 31;
+bfe.u32 x, x, 5, 1;
+mad.lo.u32 x, x, 16, $1;
+mad.lo.u32 $0, y, 32, x;
+}"""
 
 
-def int6(chunk: int, spans, *planes):
-    """Chunk 0 .. 3 of three planes of words [64, 32], with spans [64, 16], to float16."""
+def fp8_keys(half: int, box):
+    """Latents 64 half .. + 63 of a box of 128, [64 tokens, 64]."""
 
-    @plgpu.inline_mgpu(arg_types=(SPANS, WORDS, WORDS, WORDS), return_type=KEYS)
-    def convert(_, spans, *planes):
+    @plgpu.inline_mgpu(arg_types=(FP8_BOX,), return_type=_f16(64))
+    def run(_, box):
+        (place,) = _ptx(KEY_PLACE, 1, _address(box))
         rows = []
         for row in range(2):
-            spans_of_two = _words(spans.registers.reshape(2, -1)[row])
-            words = [_words(plane.registers.reshape(2, -1)[row]) for plane in planes]
-            pairs = []
-            for unit in (2 * chunk, 2 * chunk + 1):
-                factors = _ptx(FACTORS, 4, spans_of_two[unit])
-                pairs += _ptx(INT6, 8, *(plane[unit] for plane in words), *factors)
-            rows.append(pairs)
-        return _keys(rows)
+            words = _ptx(LOAD4.format(swap=16 * half, offset=1024 * row), 4, place, ordered=True)
+            rows.append([pair for x in words for pair in _ptx(FP8, 2, x)])
+        return _array([x for pair in zip(*rows) for x in pair], 64)
 
-    return convert(spans, *planes)
+    return run(box)
 
 
-def store(keys, chunk: int, values_smem):
-    """Stores a chunk to its columns of [64, 512], swizzled by 128 bytes.
+def fp8_values(block: int, box):
+    """[64 latents, 64 tokens] of the box that has block `block`; see `store_output` for which latents."""
 
-    One matrix store takes the four registers of one wgmma step; Mosaic's own would take the registers of two tiles of columns
-    from each of two steps, and move all of them into new ones first.
-    """
+    @plgpu.inline_mgpu(arg_types=(FP8_BOX,), return_type=_f16(64))
+    def run(_, box):
+        (segment,) = _ptx(FP8_SEGMENT.format(first=4 * (block % 2)), 1)
+        (place,) = _ptx(VALUE_PLACE, 1, _address(box), segment)
+        registers = []
+        for tokens in range(2):
+            for word in _ptx(LOAD_TRANSPOSED.format(offset=4096 * tokens), 4, place, ordered=True):
+                registers += _ptx(SPLIT, 2, word)
+        return _array(registers, 64)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(swizzled(jnp.float16))))
-    def run(_, keys, values):
-        thread = _ptx("mov.u32 $0, %tid.x;", 1)[0]
-        (place,) = _ptx(PLACE, 1, thread, llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(values)))
-        steps = np.array([utils.bitcast(x, ir.IntegerType.get_signless(32)) for x in keys.registers.flat], object).reshape(8, 4)
-        for step, registers in enumerate(steps):
-            offset = chunk * 2048 + step // 4 * 1024
-            utils.inline_ptx(STORE.format(swap=step % 4 * 32, offset=offset), place, *registers, has_side_effects=True)
-
-    run(keys, values_smem)
+    return run(box)
 
 
-def _words(registers) -> list:
-    """The 32-bit words of vector registers."""
-    i32 = ir.IntegerType.get_signless(32)
-    words = []
-    for register in registers:
-        count = utils.bitwidth(register.type) // 32
-        x = utils.bitcast(register, ir.VectorType.get((count,), i32))
-        words += [vector.extract(x, dynamic_position=[], static_position=[i]) for i in range(count)]
-    return words
+def int6_words(half: int, spans, planes):
+    """The words and spans of units 4 half .. + 3 for a thread's two rows: registers, in no layout that means anything."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(INT6_BOX,) * 3), return_type=(_f16(96), _f16(32)))
+    def run(_, spans, *planes):
+        (span_place,) = _ptx(KEY_SPANS, 1, _address(spans))
+        places = [_ptx(KEY_PLACE, 1, _address(plane))[0] for plane in planes]
+        pairs, loaded = [], []
+        for row in range(2):
+            pairs += _ptx(LOAD4_PLAIN.format(offset=256 * row + 16 * half), 4, span_place, ordered=True)
+            for p in places:
+                loaded += _ptx(LOAD4.format(swap=16 * half, offset=1024 * row), 4, p, ordered=True)
+        return _array(loaded, 96), _array(pairs, 32)
+
+    return run(spans, *planes)
 
 
-def _ptx(text: str, results: int, *operands) -> tuple:
-    return utils.inline_ptx(text, *operands, result_types=(ir.IntegerType.get_signless(32),) * results)
+def int6_keys(unit: int, words, spans):
+    """Unit 0 .. 3 of what `int6_words` has loaded, [64 tokens, 64 latents]."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA), return_type=_f16(64))
+    def run(_, words, spans):
+        words, spans = _words(words), _words(spans)  # [row, plane, unit] and [row, unit]
+        rows = []
+        for row in range(2):
+            factors = _ptx(FACTORS, 4, spans[4 * row + unit])
+            planes = [words[12 * row + 4 * plane + unit] for plane in range(3)]
+            rows.append(_ptx(INT6_LOW, 4, *planes[:2], *factors[0::2]) + _ptx(INT6_HIGH, 4, *planes, *factors[1::2]))
+        return _array([x for pair in zip(*rows) for x in pair], 64)
+
+    return run(words, spans)
 
 
-def _keys(rows) -> mgpu.FragmentedArray:
-    """The keys of which a thread holds these pairs, in order of columns, in its two rows."""
-    layout = mgpu.WGMMA_LAYOUT
-    f16x2 = ir.VectorType.get((2,), ir.F16Type.get())
-    registers = np.array([utils.bitcast(x, f16x2) for pair in zip(*rows) for x in pair], object)
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape((64, CHUNK))), _layout=layout, _is_signed=None
-    )
+def int6_spans(tokens: int, spans):
+    """For values: the spans of a thread's two groups of 32 latents, of the tokens 32 tokens .. + 31."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_f16(32))
+    def run(_, spans):
+        (span_place,) = _ptx(VALUE_SPANS, 1, _address(spans))
+        raw = _ptx(LOAD_TRANSPOSED.format(offset=1024 * tokens), 4, span_place, ordered=True)
+        return _array([y for x in raw for y in _ptx(PAIR_SPANS, 2, x, ordered=True)], 32)
+
+    return run(spans)
+
+
+def int6_values(tokens: int, q: int, part: int, spans, planes):
+    """Two arrays [64 latents, 32 tokens] of the tokens 32 tokens .. + 31, for output blocks 4 q + 2 part and the next."""
+    count = 2 + part
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, *(INT6_BOX,) * count), return_type=(_f16(32),) * 2)
+    def run(_, spans, *planes):
+        spans = _words(spans)[part::2]
+        (segment,) = _ptx(INT6_SEGMENT.format(first=2 * q), 1)
+        loaded = [
+            _ptx(LOAD_TRANSPOSED.format(offset=4096 * tokens), 4, _ptx(VALUE_PLACE, 1, _address(p), segment)[0], ordered=True)
+            for p in planes
+        ]
+        codes = [
+            _ptx((INT6_LOW, INT6_HIGH)[part], 4, *(plane[m] for plane in loaded), spans[m], _ptx(NEGATED, 1, spans[m])[0])
+            for m in range(4)
+        ]
+        return tuple(_array([x for four in codes for x in four[2 * c : 2 * c + 2]], 32) for c in range(2))
+
+    return run(spans, *planes[:count])
+
+
+def store_output(block: int, int6: bool, out, o_smem):
+    """Block `block` of O^T [64, 16] to its latents' columns of o_smem [16, 512], as bfloat16."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(swizzled(jnp.bfloat16))))
+    def run(_, out, o):
+        base = _address(o)
+        places = [_ptx((INT6_PLACE if int6 else FP8_PLACE).format(k=k), 1, base)[0] for k in range(2)]
+        for n, rows in enumerate(out.registers.reshape(-1, 2)):
+            for e, pair in enumerate(rows):
+                if int6:
+                    q, c = divmod(block, 4)
+                    swap, offset = 16 * (2 * c + e), 8192 * n + 4 * q
+                else:
+                    swap, offset = 0, 8192 * n + 2048 * (block // 2) + 8 * (block % 2) + 2 * e
+                for k in range(2):
+                    value = vector.extract(pair, dynamic_position=[], static_position=[k])
+                    utils.inline_ptx(STORE_BF16.format(swap=swap, offset=offset), places[k], value, has_side_effects=True)
+
+    run(out, o_smem)
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _ptx(text: str, results: int, *operands, ordered: bool = False) -> tuple:
+    """`ordered`: not to be moved across barriers and other warps' business."""
+    return utils.inline_ptx(text, *operands, result_types=(_i32(),) * results, has_side_effects=ordered, convergent=ordered)
+
+
+def _address(ref):
+    return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
+
+
+def _words(array) -> list:
+    return [utils.bitcast(x, _i32()) for x in array.registers.flat]
+
+
+def _array(registers, columns: int):
+    """A thread's registers, in the order of pairs of columns and in each of its two rows, as float16 [64, columns]."""
+    layout, f16x2 = mgpu.WGMMA_LAYOUT, ir.VectorType.get((2,), ir.F16Type.get())
+    registers = np.array([utils.bitcast(x, f16x2) for x in registers], object).reshape(layout.registers_shape((64, columns)))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

@@ -2,18 +2,13 @@
 
 The products are transposed, S^T = K Q^T and O^T = V^T P^T with tokens and latents as the rows of a wgmma: sixteen query rows then
 fill a product of 16 columns, where S = Q K^T would pad them to 64 rows, and the outputs of all 512 latents take 64 registers a
-thread. So each of the two compute warpgroups works on its own, on every other block of 64 tokens, with its own softmax; while
-one multiplies the other dequantises. They meet at the end of a piece. A page's values are replaced by the next page's, chunk by
-chunk, as soon as their product is done.
+thread. A page is a long chain of loads, conversions, products and softmax that leaves most of an SM idle, so three compute
+warpgroups work on their own, each on every third block of 64 tokens with its own softmax. They meet at the end of a piece.
 
-Measured on one H200, 16 heads, 256 requests of 4096 tokens: int6 199 us (2.87 TB/s), fp8 220 us (3.07 TB/s), 5 us more with the
-queries' conversion to float16. With all blocks one page, so that none waits for
-memory, both take 190 us, and 150 without the products of O^T: the limit is each warpgroup's chain of dequantisation, products and
-softmax, which two warpgroups do not hide.
-
-A warpgroup turns codes into float16 in registers, in the layout in which wgmma takes its left operand: S^T reads them there,
-and they are stored once, to be V^T. e4m3 is converted as it is, its scale of a token multiplies the scores, and the
-probabilities by adding its logarithm to the exponent. Six-bit codes are placed below the exponent of 1.0 (see latent_pages).
+Both products take their left operand from registers. Codes are converted to float16 twice, as keys and as values (see dequantise):
+values in shared memory would take 64 KB of each warpgroup, and a store and a load of all of them. e4m3 is converted as it is, its
+scale of a token multiplies the scores, and the probabilities by adding its logarithm to the exponent. Six-bit codes are placed
+below the exponent of 1.0 (see latent_pages).
 
 Letters: B requests, M rows (heads of query tokens) of a request, C latent dim, R rope dim, T query tokens, P pages, S slots.
 """
@@ -29,15 +24,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dequantise
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
 from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
-from pallas_kernels.warpgroup import column_max, column_sum, sync
+from pallas_kernels.warpgroup import column_max, column_sum, put, sync, take
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
-CHUNK = dequantise.CHUNK
-CHUNKS = LATENT // CHUNK
-AHEAD = 1  # pages of a warpgroup that are brought into the L2 cache before they are loaded: fp8 220 us (2: 269)
+CHUNK = 128  # bytes of a token's codes in a box
+AHEAD = 1  # pages of a warpgroup that are brought into the L2 cache before they are loaded
+WARPGROUPS = 3  # compute warpgroups
+DIMS = 64  # latents of a product
+BLOCKS = LATENT // DIMS
 COLUMNS = 16  # query rows a product takes
-SLOTS = 3  # boxes of 64 x 128 bytes of codes, for each warpgroup
+SLOTS = 6  # boxes of 64 x 128 bytes of codes, for each warpgroup
 LOWEST = -1e30  # running maximum of a row that has seen nothing: finite, so that differences are numbers
 F16 = jnp.float16
 
@@ -57,9 +54,9 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
     def body(q_gmem, q_rope_gmem, positions_gmem, codes_gmem, k_rope_gmem, scale_gmem, table_gmem, *refs):
         schedule_gmem, (o_gmem, partial_gmem, lse_gmem), smem = Schedule(*refs[:6]), refs[6:9], refs[9:]
         q_smem, q_rope_smem, codes_smem, k_rope_smem, scale_smem, p_smem, scratch_smem, stats_smem, union, *barriers = smem
-        v_smem, (half_smem, o_smem) = union
+        words_smem, o_smem = union
         q_full, q_free, scale_full, scale_free, codes_full, codes_free, rope_full, rope_free, *merging = barriers
-        stats_ready, half_ready, half_free = merging
+        stats_ready, part_ready, turn, merged = merging
         tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
         worker = workers - 1 - lax.axis_index("worker")  # see `merge`
         partial_ready = pl.get_global(plgpu.SemaphoreType.REGULAR((tiles * subtiles, workers)))
@@ -67,105 +64,68 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         def columns(subtile):
             return pl.ds(tile * ROWS + subtile * COLUMNS, COLUMNS)
 
+        def place_of(own):
+            """Warpgroup 0, which writes the piece, comes last: it never has more blocks than another."""
+            return lax.rem(own + WARPGROUPS - 1, jnp.int32(WARPGROUPS))
+
         def blocks_of(own, begin, end):
-            return lax.div(end - begin - own + 1, jnp.int32(2))
+            return lax.div(end - begin - place_of(own) + WARPGROUPS - 1, jnp.int32(WARPGROUPS))
 
-        def load():
-            plgpu.set_max_registers(24, action="decrease")
+        def load_pages(own):
+            """One warp for each compute warpgroup."""
 
-            def load_page(own, request, block, end, n):
-                page, later = (table_gmem[request, jnp.minimum(b, end - 1)] for b in (block, block + 2 * AHEAD))
+            def load_page(request, block, end, n):
+                page = table_gmem[request, block]
+                later = table_gmem[request, jnp.minimum(block + WARPGROUPS * AHEAD, end - 1)]
                 for k in range(boxes):
                     plgpu.async_prefetch(codes_gmem.at[later, :, pl.ds(k * box, box)])
                 plgpu.async_prefetch(k_rope_gmem.at[later])
                 plgpu.async_prefetch(scale_gmem.at[later])
+                place = own * 2 + lax.rem(n, jnp.int32(2))
+                pl.when(n >= 2)(lambda: plgpu.barrier_wait(scale_free.at[place]))
+                plgpu.copy_gmem_to_smem(scale_gmem.at[page], scale_smem.at[place], scale_full.at[place])
                 for k in range(boxes):
                     count = n * boxes + k
                     slot = own * SLOTS + lax.rem(count, jnp.int32(SLOTS))
-
-                    @pl.when(count >= SLOTS)
-                    def _():
-                        plgpu.barrier_wait(codes_free.at[slot])
-
+                    pl.when(count >= SLOTS)(lambda slot=slot: plgpu.barrier_wait(codes_free.at[slot]))
                     plgpu.copy_gmem_to_smem(codes_gmem.at[page, :, pl.ds(k * box, box)], codes_smem.at[slot], codes_full.at[slot])
-
-                pl.when(n > 0)(lambda: plgpu.barrier_wait(scale_free.at[own]))
-                plgpu.copy_gmem_to_smem(scale_gmem.at[page], scale_smem.at[own], scale_full.at[own])
                 pl.when(n > 0)(lambda: plgpu.barrier_wait(rope_free.at[own]))
                 plgpu.copy_gmem_to_smem(k_rope_gmem.at[page], k_rope_smem.at[own], rope_full.at[own])
 
-            def load_piece(piece, carry):
+            def load_piece(piece, done):
                 request, begin, end = piece[:3]
 
-                def load_rows(subtile, carry):
-                    def load_queries(visited):
-                        @pl.when(visited > 0)
-                        def _():
-                            plgpu.barrier_wait(q_free)
+                def load_rows(subtile, done):
+                    def load_one(i, done):
+                        load_page(request, begin + place_of(own) + WARPGROUPS * i, end, done)
+                        return done + 1
 
-                        plgpu.copy_gmem_to_smem(q_gmem.at[request, columns(subtile)], q_smem.at[0], q_full)
-                        plgpu.copy_gmem_to_smem(q_rope_gmem.at[request, columns(subtile)], q_rope_smem.at[0], q_full)
+                    return lax.fori_loop(0, blocks_of(own, begin, end), load_one, done)
 
-                    def load_pair(i, done):
-                        done0, done1 = done
-                        block = begin + 2 * i
-                        load_page(0, request, block, end, done0)
-                        second = block + 1 < end
-                        pl.when(second)(lambda: load_page(1, request, block + 1, end, done1))
-                        return done0 + 1, done1 + second.astype(jnp.int32)
+                return lax.fori_loop(0, subtiles, load_rows, done)
 
-                    # The first pages are on their way before the last use of the previous queries.
-                    visited, *done = carry
-                    pairs = blocks_of(0, begin, end)
-                    done = lax.fori_loop(0, jnp.minimum(pairs, 1), load_pair, tuple(done))
-                    load_queries(visited)
-                    return visited + 1, *lax.fori_loop(1, pairs, load_pair, done)
+            done = pieces(schedule_gmem, worker, load_piece, jnp.int32(0))
+            pl.when(done > 0)(lambda: plgpu.barrier_wait(rope_free.at[own]))
+            for k in range(2):
+                pl.when(done > k)(lambda k=k: plgpu.barrier_wait(scale_free.at[own * 2 + k]))
+            for slot in range(SLOTS):
+                pl.when(done * boxes > slot)(lambda slot=slot: plgpu.barrier_wait(codes_free.at[own * SLOTS + slot]))
 
-                return lax.fori_loop(0, subtiles, load_rows, carry)
+        def load_queries():
+            def load_piece(piece, visited):
+                def load_rows(subtile, visited):
+                    pl.when(visited > 0)(lambda: plgpu.barrier_wait(q_free))
+                    plgpu.copy_gmem_to_smem(q_gmem.at[piece.request, columns(subtile)], q_smem.at[0], q_full)
+                    plgpu.copy_gmem_to_smem(q_rope_gmem.at[piece.request, columns(subtile)], q_rope_smem.at[0], q_full)
+                    return visited + 1
 
-            visited, *done = pieces(schedule_gmem, worker, load_piece, (jnp.int32(0),) * 3)
+                return lax.fori_loop(0, subtiles, load_rows, visited)
+
+            visited = pieces(schedule_gmem, worker, load_piece, jnp.int32(0))
             pl.when(visited > 0)(lambda: plgpu.barrier_wait(q_free))
-            for own in range(2):
-                pl.when(done[own] > 0)(lambda own=own: plgpu.barrier_wait(scale_free.at[own]))
-                pl.when(done[own] > 0)(lambda own=own: plgpu.barrier_wait(rope_free.at[own]))
-                for slot in range(SLOTS):
-                    pl.when(done[own] * boxes > slot)(
-                        lambda own=own, slot=slot: plgpu.barrier_wait(codes_free.at[own * SLOTS + slot])
-                    )
 
-        def keys(own, n):
-            """Yields the chunks of a page's keys, float16 [64, 128] in registers, and what frees their place in shared memory.
-
-            To be called when the chunk has been stored: its codes then have been used, and so are in registers.
-            """
-
-            def slot(k):
-                return own * SLOTS + lax.rem(n * boxes + k, jnp.int32(SLOTS))
-
-            def take(k, layout):
-                plgpu.barrier_wait(codes_full.at[slot(k)])
-                return plgpu.load(codes_smem.at[slot(k)], layout=layout)
-
-            def free(*boxes):
-                for k in boxes:
-                    plgpu.barrier_arrive(codes_free.at[slot(k)])
-
-            if not int6:
-                for chunk in range(CHUNKS):
-                    yield dequantise.fp8(take(chunk, dequantise.BYTES)), lambda chunk=chunk: free(chunk)
-                return
-            words = [take(plane, dequantise.WORDS) for plane in range(boxes)]
-            plgpu.barrier_wait(scale_full.at[own])
-            spans = plgpu.load(scale_smem.at[own], layout=dequantise.SPANS, optimized=False)
-
-            def free_page():
-                free(*range(boxes))
-                plgpu.barrier_arrive(scale_free.at[own])
-
-            for chunk in range(CHUNKS):  # a thread loads words for two chunks at once
-                yield dequantise.int6(chunk, spans, *words), free_page if chunk == 2 else lambda: None
-
-        def attend_rows(own, piece, subtile, done):
+        def attend_rows(own, piece, subtile, carry):
+            done, visited = carry
             request, begin, end = piece[:3]
             opened = jnp.minimum(schedule_gmem.open_B[request], end)
 
@@ -181,44 +141,79 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=WGMMA) + block * BLOCK
                 return jnp.where(token <= limit, scores, -jnp.inf)
 
-            def score(i, refs, addresses, products=0):
-                """Adds the scores of page i to refs, behind `products` products of values, one for each chunk."""
-                zero, here = addresses
-                for chunk, (k, free) in enumerate(keys(here, done + i)):
-                    # Chunks 0 and 1 replace values as soon as their product is done; after chunk 1 all are.
-                    if products and chunk < 3:
-                        if chunk < 2:
-                            plgpu.wgmma_wait(products - 1)
-                        sync()
-                    dequantise.store(k, chunk, v_smem.at[here])
-                    free()
-                    if chunk == 0:
-                        pl.when(i == 0)(lambda: plgpu.barrier_wait(q_full))
-                    dims = chunk_dims(chunk)
+            count = blocks_of(own, begin, end)
+
+            def slot(n, k, here):
+                return here * SLOTS + lax.rem(n * boxes + k, jnp.int32(SLOTS))
+
+            def score(n, i, refs, zero, here):
+                pl.when(i == 0)(lambda: plgpu.barrier_wait(q_full))
+
+                def multiply(tile_index, k):
+                    dims = pl.ds(DIMS * tile_index, DIMS)
                     plgpu.wgmma(refs[0], k, q_smem.at[zero, :, dims].transpose((1, 0)))
-                    if chunk > 0:
-                        plgpu.wgmma_wait(1)  # the registers of the chunk before are free
+                    if tile_index > 0:
+                        plgpu.wgmma_wait(1)
+
+                if int6:
+                    for k in range(boxes):
+                        plgpu.barrier_wait(codes_full.at[slot(n, k, here)])
+                    place = here * 2 + lax.rem(n, jnp.int32(2))
+                    plgpu.barrier_wait(scale_full.at[place])
+                    planes = [codes_smem.at[slot(n, k, here)] for k in range(boxes)]
+                    for half in range(2):
+                        words = dequantise.int6_words(half, scale_smem.at[place], planes)
+                        for unit in range(4):
+                            multiply(4 * half + unit, dequantise.int6_keys(unit, *words))
+                else:
+                    for chunk in range(boxes):
+                        plgpu.barrier_wait(codes_full.at[slot(n, chunk, here)])
+                        for half in range(2):
+                            multiply(2 * chunk + half, dequantise.fp8_keys(half, codes_smem.at[slot(n, chunk, here)]))
                 plgpu.barrier_wait(rope_full.at[here])
                 plgpu.wgmma(refs[-1], k_rope_smem.at[here], q_rope_smem.at[zero].transpose((1, 0)))
+                return [ref[...] for ref in refs]
 
-            def scored(i, here):
-                plgpu.barrier_arrive(rope_free.at[here])
-                pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
+            def add_values(n, refs, zero, here):
+                """Multiplies the page's values; frees a box of codes when the products of what was read from it are done."""
+                if int6:
+                    planes = [codes_smem.at[slot(n, k, here)] for k in range(boxes)]
+                    place = here * 2 + lax.rem(n, jnp.int32(2))
+                    for half in range(2):
+                        p = p_smem.at[here, :, pl.ds(32 * half, 32)].transpose((1, 0))
+                        spans = dequantise.int6_spans(half, scale_smem.at[place])
+                        for pair in range(4):
+                            values = dequantise.int6_values(half, pair // 2, pair % 2, spans, planes)
+                            for k in range(2):
+                                plgpu.wgmma(refs[2 * pair + k], values[k], p)
+                            plgpu.wgmma_wait(2)
+                else:
+                    for block in range(BLOCKS):
+                        values = dequantise.fp8_values(block, codes_smem.at[slot(n, block // 2, here)])
+                        plgpu.wgmma(refs[block], values, p_smem.at[here].transpose((1, 0)))
+                        plgpu.wgmma_wait(1)
+                        if block > 1 and block % 2 == 0:
+                            plgpu.barrier_arrive(codes_free.at[slot(n, block // 2 - 1, here)])
 
             def addresses():
                 # Made where they are used: all made before the loop, they would fill registers that the products need.
                 return lax.optimization_barrier((jnp.int32(0), own))
 
-            def page(i, carry, last=False):
-                """Attends to page i, whose scores are known, while it scores the next."""
-                acc, m, total, scores = carry
-                block = begin + own + 2 * i
+            def page(i, carry):
+                acc, m, total = carry
+                n = done + i
+                block = begin + place_of(own) + WARPGROUPS * i
                 zero, here = addresses()
+                place = here * 2 + lax.rem(n, jnp.int32(2))
+                accumulators = (plgpu.ACC((BLOCK, COLUMNS), jnp.float32),) * (1 if int6 else 2)
+                scores = pl.run_scoped(lambda *refs: score(n, i, refs, zero, here), *accumulators)
+                plgpu.barrier_arrive(rope_free.at[here])
+                pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
                 if int6:
                     scores = scores[0] * unit
                 else:
-                    plgpu.barrier_wait(scale_full.at[here])
-                    token_scale = jnp.maximum(plgpu.load(scale_smem.at[here], layout=ROW), 1e-30)
+                    plgpu.barrier_wait(scale_full.at[place])
+                    token_scale = jnp.maximum(plgpu.load(scale_smem.at[place], layout=ROW), 1e-30)
                     scores = scores[0] * spread(token_scale * unit, scores[0].shape) + scores[1] * unit
                     scores += spread(jnp.log2(token_scale), scores.shape)
                 scores = lax.cond(block >= opened, lambda s: masked(s, block), lambda s: s, scores)
@@ -229,68 +224,66 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 decay = jnp.exp2(m - highest)
                 total = total * spread(decay, p.shape, 1) + (p if int6 else p * spread(1 / token_scale, p.shape))
                 if not int6:
-                    plgpu.barrier_arrive(scale_free.at[here])
-
-                def multiply(refs):
-                    for chunk in range(CHUNKS):
-                        values = v_smem.at[here, :, chunk_dims(chunk)].transpose((1, 0))
-                        plgpu.wgmma(refs[chunk], values, p_smem.at[here].transpose((1, 0)))
-                    if not last:
-                        score(i + 1, refs[CHUNKS:], (zero, here), products=CHUNKS)
-
+                    plgpu.barrier_arrive(scale_free.at[place])
                 acc = [plgpu.ACC.init(x * spread(decay, x.shape, 1)) for x in acc]
-                results = pl.run_state(multiply)((*acc, *(() if last else empty_scores())))
-                if not last:
-                    scored(i + 1, here)
-                return results[:CHUNKS], highest, total, results[CHUNKS:]
+                acc = pl.run_state(lambda refs: add_values(n, refs, zero, here))(tuple(acc))
+                if int6:
+                    for k in range(boxes):
+                        plgpu.barrier_arrive(codes_free.at[slot(n, k, here)])
+                    plgpu.barrier_arrive(scale_free.at[place])
+                else:
+                    plgpu.barrier_arrive(codes_free.at[slot(n, boxes - 1, here)])
+                return list(acc), highest, total
 
-            def empty_scores():
-                zeros = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
-                return (plgpu.ACC.init(zeros),) * (1 if int6 else 2)
-
-            def pages_of(carry):
-                first = addresses()
-                scores = pl.run_state(lambda refs: score(0, refs, first))(empty_scores())
-                scored(0, first[1])
-                carry = lax.fori_loop(0, count - 1, page, (*carry, scores))
-                return page(count - 1, carry, last=True)[:3]
-
-            def no_pages(carry):
-                plgpu.barrier_wait(q_full)
-                plgpu.barrier_arrive(q_free)
-                return carry
-
-            acc = (plgpu.layout_cast(jnp.zeros((CHUNK, COLUMNS), jnp.float32), WGMMA),) * CHUNKS
+            acc = [plgpu.layout_cast(jnp.zeros((DIMS, COLUMNS), jnp.float32), WGMMA)] * BLOCKS
             m = plgpu.layout_cast(jnp.full((COLUMNS,), LOWEST, jnp.float32), COL)
             total = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
-            count = blocks_of(own, begin, end)
-            acc, m, total = lax.cond(count > 0, pages_of, no_pages, (acc, m, total))
-            total = column_sum(total, scratch_smem.at[own])
+            acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
 
+            @pl.when(count == 0)
+            def _():
+                plgpu.barrier_wait(q_full)
+                plgpu.barrier_arrive(q_free)
+
+            total = column_sum(total, scratch_smem.at[own])
+            sync()  # all warps have read the scratch memory
+
+            # The warpgroups meet: 0 adds what the others have found. Its place is free when it has written the piece before.
+            pl.when((own > 0) & (visited > 0))(lambda: plgpu.barrier_wait(merged))
             stats_smem[own, 0], stats_smem[own, 1] = m, total
             plgpu.barrier_arrive(stats_ready.at[own])
-            plgpu.barrier_wait(stats_ready.at[1 - own])
-            m_other, total_other = (plgpu.load(stats_smem.at[1 - own, i], layout=COL) for i in range(2))
-            highest = jnp.maximum(m, m_other)
-            total = total * jnp.exp2(m - highest) + total_other * jnp.exp2(m_other - highest)
-            decay = jnp.exp2(m - highest)
-            acc = [x * spread(decay, x.shape, 1) for x in acc]
+            for p in range(WARPGROUPS):
+                pl.when(own != p)(lambda p=p: plgpu.barrier_wait(stats_ready.at[p]))
+            stats = [[plgpu.load(stats_smem.at[p, i], layout=COL) for i in range(2)] for p in range(WARPGROUPS)]
+            highest = stats[0][0]
+            for other, _ in stats[1:]:
+                highest = jnp.maximum(highest, other)
+            shares = [t * jnp.exp2(x - highest) for x, t in stats]
+            inverse = jnp.where(total > 0, 1 / total, 0.0)
+            acc = [x * spread(inverse, x.shape, 1) for x in acc]
 
             @pl.when(own == 0)
             def _():
-                plgpu.barrier_wait(half_ready)
-                chunks = [x + plgpu.load(half_smem.at[chunk_dims(c)], layout=WGMMA) for c, x in enumerate(acc)]
-                finish(piece, subtile, chunks, highest, total)
-                plgpu.barrier_arrive(half_free)
+                out = [x * spread(shares[0], x.shape, 1) for x in acc]
+                for p in range(1, WARPGROUPS):
+                    plgpu.barrier_wait(part_ready.at[p])
+                    out = [x + take(c, COLUMNS, words_smem) * spread(shares[p], x.shape, 1) for c, x in enumerate(out)]
+                    if p < WARPGROUPS - 1:
+                        plgpu.barrier_arrive(turn.at[p])
+                finish(piece, subtile, out, highest, sum(shares[1:], shares[0]))
+                plgpu.barrier_arrive(merged)
 
-            @pl.when(own == 1)
-            def _():
-                for c, x in enumerate(acc):
-                    half_smem[chunk_dims(c)] = x
-                plgpu.barrier_arrive(half_ready)
-                plgpu.barrier_wait(half_free)
+            for p in range(1, WARPGROUPS):
 
-            return done + count
+                @pl.when(own == p)
+                def _(p=p):
+                    if p > 1:
+                        plgpu.barrier_wait(turn.at[p - 1])
+                    for c, x in enumerate(acc):
+                        put(c, x, words_smem)
+                    plgpu.barrier_arrive(part_ready.at[p])
+
+            return done + count, visited + 1
 
         def finish(piece, subtile, acc, m, total):
             """Adds the results of the request's later parts; writes the output, or what an earlier part will add."""
@@ -313,7 +306,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 weight = jnp.exp2(part_lse(offset) - highest) * inverse
                 parts = partial_gmem.at[worker + offset, part_index]
                 return [
-                    out + plgpu.load(parts.at[chunk_dims(c)], layout=WGMMA, optimized=False) * spread(weight, out.shape, 1)
+                    out + plgpu.load(parts.at[block_dims(c)], layout=WGMMA, optimized=False) * spread(weight, out.shape, 1)
                     for c, out in enumerate(chunks)
                 ]
 
@@ -322,8 +315,9 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
             @pl.when(piece.part == 0)
             def _():
+                sync()  # all warps have taken what lay there
                 for c, out in enumerate(chunks):
-                    o_smem.at[:, chunk_dims(c)].transpose((1, 0))[...] = out.astype(dtype)
+                    dequantise.store_output(c, int6, out, o_smem)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_smem, o_gmem.at[piece.request, columns(subtile)])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -331,27 +325,33 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             @pl.when(piece.part > 0)
             def _():
                 for c, out in enumerate(chunks):
-                    partial_gmem[worker, part_index, chunk_dims(c)] = out
+                    partial_gmem[worker, part_index, block_dims(c)] = out
                 lse_gmem[worker, part_index] = highest + jnp.log2(total)
                 plgpu.commit_smem()  # all threads have written
                 pl.semaphore_signal(partial_ready.at[part_index, worker])
 
         def compute(own):
-            plgpu.set_max_registers(registers(2), action="increase")
+            plgpu.set_max_registers(registers(WARPGROUPS), action="increase")
 
-            def attend_piece(piece, done):
-                def attend_tile(subtile, done):
-                    return attend_rows(own, piece, subtile, done)
+            def attend_piece(piece, carry):
+                return lax.fori_loop(0, subtiles, lambda subtile, carry: attend_rows(own, piece, subtile, carry), carry)
 
-                return lax.fori_loop(0, subtiles, attend_tile, done)
-
-            pieces(schedule_gmem, worker, attend_piece, jnp.int32(0))
+            _, visited = pieces(schedule_gmem, worker, attend_piece, (jnp.int32(0), jnp.int32(0)))
+            pl.when((own > 0) & (visited > 0))(lambda: plgpu.barrier_wait(merged))
             plgpu.wait_smem_to_gmem(0)
 
-        pl.when(warpgroup < 2)(lambda: compute(warpgroup))
-        pl.when(warpgroup == 2)(load)
+        pl.when(warpgroup < WARPGROUPS)(lambda: compute(warpgroup))
 
-    scale_box = (2, *pages.scale.shape[1:])
+        @pl.when(warpgroup == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp < WARPGROUPS)(lambda: load_pages(warp))
+                pl.when(warp == WARPGROUPS)(load_queries)
+
+    scale_box = (2 * WARPGROUPS, *pages.scale.shape[1:])
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -361,35 +361,33 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         ),
         grid=(tiles, workers),
         grid_names=("tile", "worker"),
-        num_threads=3,
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
             plgpu.SMEM((1, COLUMNS, LATENT), F16, transforms=swizzled(F16)),
             plgpu.SMEM((1, COLUMNS, ROPE), q_rope_BMR.dtype, transforms=swizzled(q_rope_BMR.dtype)),
-            plgpu.SMEM((2 * SLOTS, BLOCK, box), pages.latent.dtype, transforms=swizzled(pages.latent.dtype)),
-            plgpu.SMEM((2, BLOCK, ROPE), pages.rope.dtype, transforms=swizzled(pages.rope.dtype)),
+            plgpu.SMEM((WARPGROUPS * SLOTS, BLOCK, box), pages.latent.dtype, transforms=swizzled(pages.latent.dtype)),
+            plgpu.SMEM((WARPGROUPS, BLOCK, ROPE), pages.rope.dtype, transforms=swizzled(pages.rope.dtype)),
             plgpu.SMEM(scale_box, pages.scale.dtype),
-            plgpu.SMEM((2, COLUMNS, BLOCK), F16, transforms=swizzled(F16)),  # probabilities
-            plgpu.SMEM((2, 4 * COLUMNS), jnp.float32),  # reductions across warps
-            plgpu.SMEM((2, 2, COLUMNS), jnp.float32),  # maxima and sums
+            plgpu.SMEM((WARPGROUPS, COLUMNS, BLOCK), F16, transforms=swizzled(F16, 64 if int6 else 128)),  # probabilities
+            plgpu.SMEM((WARPGROUPS, 4 * COLUMNS), jnp.float32),  # reductions across warps
+            plgpu.SMEM((WARPGROUPS, 2, COLUMNS), jnp.float32),  # maxima and sums
             plgpu.RefUnion(
-                plgpu.SMEM((2, BLOCK, LATENT), F16, transforms=swizzled(F16)),  # values
-                [  # within warpgroup 0's values
-                    plgpu.SMEM((LATENT, COLUMNS), jnp.float32, transforms=swizzled(jnp.float32, 64)),
-                    plgpu.SMEM((COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),
-                ],
+                plgpu.SMEM((LATENT * COLUMNS // 2,), jnp.uint32),  # another warpgroup's results, float16
+                plgpu.SMEM((COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),
             ),
             plgpu.Barrier(num_arrivals=2),  # queries full
-            plgpu.Barrier(num_arrivals=2),  # queries free
-            plgpu.Barrier(num_barriers=2),  # scales full
-            plgpu.Barrier(num_barriers=2),  # scales free
-            plgpu.Barrier(num_barriers=2 * SLOTS),  # codes full
-            plgpu.Barrier(num_barriers=2 * SLOTS),  # codes free
-            plgpu.Barrier(num_barriers=2),  # rope keys full
-            plgpu.Barrier(num_barriers=2),  # rope keys free
-            plgpu.Barrier(num_barriers=2),  # statistics ready
-            plgpu.Barrier(),  # half an output ready
-            plgpu.Barrier(),  # its place free
+            plgpu.Barrier(num_arrivals=WARPGROUPS),  # queries free
+            plgpu.Barrier(num_barriers=2 * WARPGROUPS),  # scales full
+            plgpu.Barrier(num_barriers=2 * WARPGROUPS),  # scales free
+            plgpu.Barrier(num_barriers=WARPGROUPS * SLOTS),  # codes full
+            plgpu.Barrier(num_barriers=WARPGROUPS * SLOTS),  # codes free
+            plgpu.Barrier(num_barriers=WARPGROUPS),  # rope keys full
+            plgpu.Barrier(num_barriers=WARPGROUPS),  # rope keys free
+            plgpu.Barrier(num_barriers=WARPGROUPS),  # statistics ready
+            plgpu.Barrier(num_barriers=WARPGROUPS),  # a warpgroup's results are in their place
+            plgpu.Barrier(num_barriers=WARPGROUPS),  # they have been taken from it
+            plgpu.Barrier(),  # the piece is written
         ],
         compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
     )
@@ -399,5 +397,5 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
     return vary_like(q_latent_BMC, out_BMC)
 
 
-def chunk_dims(chunk: int):
-    return pl.ds(chunk * CHUNK, CHUNK)
+def block_dims(block: int):
+    return pl.ds(block * DIMS, DIMS)

@@ -1,4 +1,4 @@
-"""What one warpgroup of several needs for itself: a barrier, and reductions over the 64 rows of a WGMMA array.
+"""What one warpgroup of several needs: a barrier, reductions over the 64 rows of a WGMMA array, and a way to pass one on.
 
 jnp's reductions over rows would share their scratch memory with the other warpgroups, and take two barriers a register.
 """
@@ -9,7 +9,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.hopper import COL, WGMMA
 
@@ -70,3 +70,45 @@ def _reduce(op, x, scratch_smem):
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return reduce(x, scratch_smem)
+
+
+# A thread's own word of every 128.
+OWN = "{.reg .b32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; mad.lo.u32 $0, x, 4, $1;}"
+
+
+def put(block: int, x, words_smem):
+    """Leaves a float32 [64, N] as float16 for the same threads of another warpgroup: block `block`, of 32 N words."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType()))
+    def run(_, x, words):
+        for i, pair in enumerate(x.registers.flat):
+            low, high = (vector.extract(pair, dynamic_position=[], static_position=[k]) for k in range(2))
+            text = "{.reg .b32 x; cvt.rn.f16x2.f32 x, $2, $1; st.shared.b32 [$0 + %d], x;}"
+            utils.inline_ptx(text % (512 * (block * x.registers.size + i)), _own(words), low, high, has_side_effects=True)
+
+    run(x, words_smem)
+
+
+def take(block: int, columns: int, words_smem):
+    """The block [64, columns] that another warpgroup has put."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=WGMMA))
+    def run(_, words):
+        layout, f32 = mgpu.WGMMA_LAYOUT, ir.F32Type.get()
+        registers = np.empty(layout.registers_shape((64, columns)), object)
+        for i in range(registers.size):
+            text = "{.reg .b16 x, y; .reg .b32 z; ld.shared.b32 z, [$2 + %d]; mov.b32 {x, y}, z; cvt.f32.f16 $0, x; cvt.f32.f16 $1, y;}"
+            place = 512 * (block * registers.size + i)
+            both = utils.inline_ptx(text % place, _own(words), result_types=(f32, f32), has_side_effects=True)
+            pair = llvm.mlir_undef(ir.VectorType.get((2,), f32))
+            for k in range(2):
+                pair = vector.insert(both[k], pair, dynamic_position=[], static_position=[k])
+            registers.flat[i] = pair
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return run(words_smem)
+
+
+def _own(words):
+    i32 = ir.IntegerType.get_signless(32)
+    return utils.inline_ptx(OWN, llvm.ptrtoint(i32, utils.memref_ptr(words)), result_types=i32)
