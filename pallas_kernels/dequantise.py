@@ -134,44 +134,38 @@ selp.b32 $1, y, x, odd;
 NEGATED = "{.reg .b32 y; mov.b32 y, 0xBE00BE00; mul.rn.f16x2 $0, $1, y;}"
 
 
-# Where a thread's results of column 2 t + k lie in [16, 512] of bfloat16, in swizzled tiles of 8 x 64.
+# Where a lane's first results of row g lie in [16, 512] of bfloat16, in swizzled tiles of 8 x 64.
 FP8_PLACE = """{{
 .reg .b32 x, y, z;
 mov.u32 x, %tid.x;
-and.b32 y, x, 3;
-mad.lo.u32 y, y, 2, {k};
-bfe.u32 z, x, 2, 3;
-xor.b32 z, z, y;
-shl.b32 z, z, 4;
-mad.lo.u32 y, y, 128, z;
-bfe.u32 z, x, 5, 1;
-mad.lo.u32 y, z, 1024, y;
-bfe.u32 z, x, 6, 1;
-mad.lo.u32 y, z, 4, y;
-add.u32 $0, y, $1;
+bfe.u32 y, x, 2, 3;
+mad.lo.u32 z, y, 128, $1;
+and.b32 $0, x, 3;
+mad.lo.u32 $0, $0, 2, {k};
+xor.b32 y, y, $0;
+mad.lo.u32 z, y, 16, z;
+bfe.u32 y, x, 5, 1;
+mad.lo.u32 z, y, 1024, z;
+bfe.u32 y, x, 6, 1;
+mad.lo.u32 $0, y, 4, z;
 }}"""
-INT6_PLACE = """{{
+INT6_PLACE = """{
 .reg .b32 x, y, z;
 mov.u32 x, %tid.x;
+bfe.u32 y, x, 2, 3;
+mad.lo.u32 z, y, 144, $1;
 and.b32 y, x, 3;
-mad.lo.u32 y, y, 2, {k};
-mul.lo.u32 y, y, 144;
-bfe.u32 z, x, 5, 1;
-mad.lo.u32 y, z, 4096, y;
-bfe.u32 z, x, 3, 2;
-mad.lo.u32 y, z, 1024, y;
-bfe.u32 z, x, 6, 1;
-mad.lo.u32 y, z, 8, y;
-bfe.u32 z, x, 2, 1;
-mad.lo.u32 y, z, 2, y;
-add.u32 $0, y, $1;
-}}"""
+mad.lo.u32 z, y, 1024, z;
+bfe.u32 y, x, 5, 1;
+mad.lo.u32 z, y, 4096, z;
+bfe.u32 y, x, 6, 1;
+mad.lo.u32 $0, y, 8, z;
+}"""
 STORE_BF16 = """{{
-.reg .b32 x;
-.reg .b16 v;
-cvt.rn.bf16.f32 v, $1;
+.reg .b32 x, v;
+cvt.rn.bf16x2.f32 v, $2, $1;
 xor.b32 x, $0, {swap};
-st.shared.b16 [x + {offset}], v;
+st.shared.b32 [x + {offset}], v;
 }}"""
 
 
@@ -302,22 +296,24 @@ def int6_values(tokens: int, q: int, part: int, spans, planes):
 
 
 def store_output(block: int, int6: bool, out, o_smem):
-    """Block `block` of O^T [64, 16] to its latents' columns of o_smem [16, 512], as bfloat16."""
+    """Block `block` of outputs [64, 16] (see `warp_products`) to its latents' columns of o_smem [16, 512], as bfloat16."""
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(swizzled(jnp.bfloat16))))
     def run(_, out, o):
-        base = _address(o)
-        places = [_ptx((INT6_PLACE if int6 else FP8_PLACE).format(k=k), 1, base)[0] for k in range(2)]
-        for n, rows in enumerate(out.registers.reshape(-1, 2)):
-            for e, pair in enumerate(rows):
-                if int6:
-                    q, c = divmod(block, 4)
-                    swap, offset = 16 * (2 * c + e), 8192 * n + 4 * q
-                else:
-                    swap, offset = 0, 8192 * n + 2048 * (block // 2) + 8 * (block % 2) + 2 * e
-                for k in range(2):
-                    value = vector.extract(pair, dynamic_position=[], static_position=[k])
-                    utils.inline_ptx(STORE_BF16.format(swap=swap, offset=offset), places[k], value, has_side_effects=True)
+        def store(place, pair, swap, offset):
+            utils.inline_ptx(STORE_BF16.format(swap=swap, offset=offset), place, *pair, has_side_effects=True)
+
+        base, (low, high) = _address(o), out.registers.reshape(2, 2)
+        for row, pairs in enumerate(zip(low, high)):
+            values = [[vector.extract(x, dynamic_position=[], static_position=[k]) for k in range(2)] for x in pairs]
+            if int6:  # a lane's columns are the halves of a word, two adjacent latents
+                (place,) = _ptx(INT6_PLACE, 1, base)
+                for e, pair in enumerate(values):
+                    store(place, pair, 16 * (block % 4 * 2 + e), 8192 * row + 4 * (block // 4))
+            else:  # its columns of both results are the codes of a unit, two adjacent latents
+                for k, pair in enumerate(zip(*values)):
+                    (place,) = _ptx(FP8_PLACE.format(k=k), 1, base)
+                    store(place, pair, 0, 8192 * row + 2048 * (block // 2) + 8 * (block % 2))
 
     run(out, o_smem)
 

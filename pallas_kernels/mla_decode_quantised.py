@@ -21,19 +21,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dequantise
+from pallas_kernels import dequantise, warp_products
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
-from pallas_kernels.hopper import COL, PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
-from pallas_kernels.warpgroup import column_max, column_sum, put, sync, take
+from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
+from pallas_kernels.warp_products import COLUMNS
+from pallas_kernels.warpgroup import put, sync, take
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
 CHUNK = 128  # bytes of a token's codes in a box
-AHEAD = 1  # pages of a warpgroup that are brought into the L2 cache before they are loaded
 WARPGROUPS = 3  # compute warpgroups
-DIMS = 64  # latents of a product
+DIMS = 64  # latents that a warpgroup's four warps add to the outputs at once
 BLOCKS = LATENT // DIMS
-COLUMNS = 16  # query rows a product takes
 SLOTS = 6  # boxes of 64 x 128 bytes of codes, for each warpgroup
 LOWEST = -1e30  # running maximum of a row that has seen nothing: finite, so that differences are numbers
 F16 = jnp.float16
@@ -74,13 +73,8 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         def load_pages(own):
             """One warp for each compute warpgroup."""
 
-            def load_page(request, block, end, n):
+            def load_page(request, block, n):
                 page = table_gmem[request, block]
-                later = table_gmem[request, jnp.minimum(block + WARPGROUPS * AHEAD, end - 1)]
-                for k in range(boxes):
-                    plgpu.async_prefetch(codes_gmem.at[later, :, pl.ds(k * box, box)])
-                plgpu.async_prefetch(k_rope_gmem.at[later])
-                plgpu.async_prefetch(scale_gmem.at[later])
                 place = own * 2 + lax.rem(n, jnp.int32(2))
                 pl.when(n >= 2)(lambda: plgpu.barrier_wait(scale_free.at[place]))
                 plgpu.copy_gmem_to_smem(scale_gmem.at[page], scale_smem.at[place], scale_full.at[place])
@@ -97,7 +91,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
                 def load_rows(subtile, done):
                     def load_one(i, done):
-                        load_page(request, begin + place_of(own) + WARPGROUPS * i, end, done)
+                        load_page(request, begin + place_of(own) + WARPGROUPS * i, done)
                         return done + 1
 
                     return lax.fori_loop(0, blocks_of(own, begin, end), load_one, done)
@@ -131,14 +125,15 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
             def masked(scores, block):
                 first_row = tile * ROWS + subtile * COLUMNS
-                column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=WGMMA)
+                warp_row, column = (plgpu.broadcasted_iota(jnp.int32, scores.shape, dim, layout=WGMMA) for dim in range(2))
+                row = first_row + warp_row % COLUMNS
                 first = lax.div(first_row, num_heads)
-                limit = column - column + positions_gmem[request, jnp.minimum(first, tokens - 1)]
+                limit = row - row + positions_gmem[request, jnp.minimum(first, tokens - 1)]
                 for t in range(1, -(-(COLUMNS - 1) // num_heads) + 1):
                     token = first + t
                     later = positions_gmem[request, jnp.minimum(token, tokens - 1)]
-                    limit = jnp.where(column + first_row >= token * num_heads, later, limit)
-                token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=WGMMA) + block * BLOCK
+                    limit = jnp.where(row >= token * num_heads, later, limit)
+                token = block * BLOCK + (warp_row - warp_row % COLUMNS) + column
                 return jnp.where(token <= limit, scores, -jnp.inf)
 
             count = blocks_of(own, begin, end)
@@ -146,14 +141,14 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             def slot(n, k, here):
                 return here * SLOTS + lax.rem(n * boxes + k, jnp.int32(SLOTS))
 
-            def score(n, i, refs, zero, here):
+            def score(n, i, zero, here):
+                """The scores that the page's latents give, in sums of their own, and those of its rope keys."""
                 pl.when(i == 0)(lambda: plgpu.barrier_wait(q_full))
+                sums = [plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)] * 3
 
                 def multiply(tile_index, k):
-                    dims = pl.ds(DIMS * tile_index, DIMS)
-                    plgpu.wgmma(refs[0], k, q_smem.at[zero, :, dims].transpose((1, 0)))
-                    if tile_index > 0:
-                        plgpu.wgmma_wait(1)
+                    part = tile_index % 2
+                    sums[part] = warp_products.add_scores(sums[part], k, tile_index, q_smem.at[zero])
 
                 if int6:
                     for k in range(boxes):
@@ -171,29 +166,30 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                         for half in range(2):
                             multiply(2 * chunk + half, dequantise.fp8_keys(half, codes_smem.at[slot(n, chunk, here)]))
                 plgpu.barrier_wait(rope_full.at[here])
-                plgpu.wgmma(refs[-1], k_rope_smem.at[here], q_rope_smem.at[zero].transpose((1, 0)))
-                return [ref[...] for ref in refs]
+                return sums[0] + sums[1], warp_products.add_rope_scores(sums[2], k_rope_smem.at[here], q_rope_smem.at[zero])
 
-            def add_values(n, refs, zero, here):
-                """Multiplies the page's values; frees a box of codes when the products of what was read from it are done."""
+            def add_values(n, acc, here):
+                """Adds the page's values; frees a box of codes when they are in registers."""
+                acc, p = list(acc), warp_products.load_probabilities(p_smem.at[here])
                 if int6:
                     planes = [codes_smem.at[slot(n, k, here)] for k in range(boxes)]
                     place = here * 2 + lax.rem(n, jnp.int32(2))
                     for half in range(2):
-                        p = p_smem.at[here, :, pl.ds(32 * half, 32)].transpose((1, 0))
                         spans = dequantise.int6_spans(half, scale_smem.at[place])
                         for pair in range(4):
                             values = dequantise.int6_values(half, pair // 2, pair % 2, spans, planes)
                             for k in range(2):
-                                plgpu.wgmma(refs[2 * pair + k], values[k], p)
-                            plgpu.wgmma_wait(2)
+                                acc[2 * pair + k] = warp_products.add_values(acc[2 * pair + k], p, values[k], 2 * half)
+                    for k in range(boxes):
+                        plgpu.barrier_arrive(codes_free.at[slot(n, k, here)])
+                    plgpu.barrier_arrive(scale_free.at[place])
                 else:
                     for block in range(BLOCKS):
                         values = dequantise.fp8_values(block, codes_smem.at[slot(n, block // 2, here)])
-                        plgpu.wgmma(refs[block], values, p_smem.at[here].transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-                        if block > 1 and block % 2 == 0:
-                            plgpu.barrier_arrive(codes_free.at[slot(n, block // 2 - 1, here)])
+                        acc[block] = warp_products.add_values(acc[block], p, values)
+                        if block % 2:
+                            plgpu.barrier_arrive(codes_free.at[slot(n, block // 2, here)])
+                return acc
 
             def addresses():
                 # Made where they are used: all made before the loop, they would fill registers that the products need.
@@ -205,38 +201,29 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 block = begin + place_of(own) + WARPGROUPS * i
                 zero, here = addresses()
                 place = here * 2 + lax.rem(n, jnp.int32(2))
-                accumulators = (plgpu.ACC((BLOCK, COLUMNS), jnp.float32),) * (1 if int6 else 2)
-                scores = pl.run_scoped(lambda *refs: score(n, i, refs, zero, here), *accumulators)
+                scores, rope_scores = score(n, i, zero, here)
                 plgpu.barrier_arrive(rope_free.at[here])
                 pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
                 if int6:
-                    scores = scores[0] * unit
+                    scores = (scores + rope_scores) * unit
                 else:
                     plgpu.barrier_wait(scale_full.at[place])
-                    token_scale = jnp.maximum(plgpu.load(scale_smem.at[place], layout=ROW), 1e-30)
-                    scores = scores[0] * spread(token_scale * unit, scores[0].shape) + scores[1] * unit
-                    scores += spread(jnp.log2(token_scale), scores.shape)
+                    token_scale = jnp.maximum(warp_products.of_tokens(scale_smem.at[place]), 1e-30)
+                    scores = scores * (token_scale * unit) + (rope_scores * unit + jnp.log2(token_scale))
                 scores = lax.cond(block >= opened, lambda s: masked(s, block), lambda s: s, scores)
-                highest = jnp.maximum(m, column_max(scores, scratch_smem.at[here]))
-                p = jnp.exp2(scores - spread(highest, scores.shape, 1))
-                p_smem.at[here].transpose((1, 0))[...] = p.astype(F16)
-                plgpu.commit_smem()
+                highest = warp_products.warps_max(jnp.maximum(m, scores.max(axis=1)), scratch_smem.at[here])
+                p = jnp.exp2(scores - spread(highest, scores.shape))
+                warp_products.store_probabilities(p, p_smem.at[here])
                 decay = jnp.exp2(m - highest)
-                total = total * spread(decay, p.shape, 1) + (p if int6 else p * spread(1 / token_scale, p.shape))
+                total = total * spread(decay, p.shape) + (p if int6 else p / token_scale)
                 if not int6:
                     plgpu.barrier_arrive(scale_free.at[place])
-                acc = [plgpu.ACC.init(x * spread(decay, x.shape, 1)) for x in acc]
-                acc = pl.run_state(lambda refs: add_values(n, refs, zero, here))(tuple(acc))
-                if int6:
-                    for k in range(boxes):
-                        plgpu.barrier_arrive(codes_free.at[slot(n, k, here)])
-                    plgpu.barrier_arrive(scale_free.at[place])
-                else:
-                    plgpu.barrier_arrive(codes_free.at[slot(n, boxes - 1, here)])
-                return list(acc), highest, total
+                acc = [x * spread(decay, x.shape) for x in acc]
+                sync()  # all probabilities are there
+                return add_values(n, acc, here), highest, total
 
             acc = [plgpu.layout_cast(jnp.zeros((DIMS, COLUMNS), jnp.float32), WGMMA)] * BLOCKS
-            m = plgpu.layout_cast(jnp.full((COLUMNS,), LOWEST, jnp.float32), COL)
+            m = plgpu.layout_cast(jnp.full((BLOCK,), LOWEST, jnp.float32), ROW)
             total = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
             acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
 
@@ -245,7 +232,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 plgpu.barrier_wait(q_full)
                 plgpu.barrier_arrive(q_free)
 
-            total = column_sum(total, scratch_smem.at[own])
+            total = warp_products.warps_sum(total.sum(axis=1), scratch_smem.at[own])
             sync()  # all warps have read the scratch memory
 
             # The warpgroups meet: 0 adds what the others have found. Its place is free when it has written the piece before.
@@ -254,20 +241,20 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             plgpu.barrier_arrive(stats_ready.at[own])
             for p in range(WARPGROUPS):
                 pl.when(own != p)(lambda p=p: plgpu.barrier_wait(stats_ready.at[p]))
-            stats = [[plgpu.load(stats_smem.at[p, i], layout=COL) for i in range(2)] for p in range(WARPGROUPS)]
+            stats = [[plgpu.load(stats_smem.at[p, i], layout=ROW) for i in range(2)] for p in range(WARPGROUPS)]
             highest = stats[0][0]
             for other, _ in stats[1:]:
                 highest = jnp.maximum(highest, other)
             shares = [t * jnp.exp2(x - highest) for x, t in stats]
             inverse = jnp.where(total > 0, 1 / total, 0.0)
-            acc = [x * spread(inverse, x.shape, 1) for x in acc]
+            acc = [x * spread(inverse, x.shape) for x in acc]
 
             @pl.when(own == 0)
             def _():
-                out = [x * spread(shares[0], x.shape, 1) for x in acc]
+                out = [x * spread(shares[0], x.shape) for x in acc]
                 for p in range(1, WARPGROUPS):
                     plgpu.barrier_wait(part_ready.at[p])
-                    out = [x + take(c, COLUMNS, words_smem) * spread(shares[p], x.shape, 1) for c, x in enumerate(out)]
+                    out = [x + take(c, COLUMNS, words_smem) * spread(shares[p], x.shape) for c, x in enumerate(out)]
                     if p < WARPGROUPS - 1:
                         plgpu.barrier_arrive(turn.at[p])
                 finish(piece, subtile, out, highest, sum(shares[1:], shares[0]))
@@ -290,7 +277,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             part_index = tile * subtiles + subtile
 
             def part_lse(offset):
-                return plgpu.load(lse_gmem.at[worker + offset, part_index], layout=COL, optimized=False)
+                return plgpu.load(lse_gmem.at[worker + offset, part_index], layout=ROW, optimized=False)
 
             def add_sum(offset, carry):
                 highest, total = carry
@@ -306,12 +293,12 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 weight = jnp.exp2(part_lse(offset) - highest) * inverse
                 parts = partial_gmem.at[worker + offset, part_index]
                 return [
-                    out + plgpu.load(parts.at[block_dims(c)], layout=WGMMA, optimized=False) * spread(weight, out.shape, 1)
+                    out + plgpu.load(parts.at[block_dims(c)], layout=WGMMA, optimized=False) * spread(weight, out.shape)
                     for c, out in enumerate(chunks)
                 ]
 
             share = jnp.exp2(m - highest) * inverse
-            chunks = merge(piece, add, [x * spread(share, x.shape, 1) for x in acc])
+            chunks = merge(piece, add, [x * spread(share, x.shape) for x in acc])
 
             @pl.when(piece.part == 0)
             def _():
@@ -357,7 +344,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         out_type=(
             jax.ShapeDtypeStruct((batch, rows, LATENT), dtype),
             jax.ShapeDtypeStruct((workers, tiles * subtiles, LATENT, COLUMNS), jnp.float32),
-            jax.ShapeDtypeStruct((workers, tiles * subtiles, COLUMNS), jnp.float32),
+            jax.ShapeDtypeStruct((workers, tiles * subtiles, BLOCK), jnp.float32),
         ),
         grid=(tiles, workers),
         grid_names=("tile", "worker"),
@@ -369,9 +356,9 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             plgpu.SMEM((WARPGROUPS * SLOTS, BLOCK, box), pages.latent.dtype, transforms=swizzled(pages.latent.dtype)),
             plgpu.SMEM((WARPGROUPS, BLOCK, ROPE), pages.rope.dtype, transforms=swizzled(pages.rope.dtype)),
             plgpu.SMEM(scale_box, pages.scale.dtype),
-            plgpu.SMEM((WARPGROUPS, COLUMNS, BLOCK), F16, transforms=swizzled(F16, 64 if int6 else 128)),  # probabilities
+            plgpu.SMEM((WARPGROUPS, COLUMNS, BLOCK), F16, transforms=swizzled(F16)),  # probabilities
             plgpu.SMEM((WARPGROUPS, 4 * COLUMNS), jnp.float32),  # reductions across warps
-            plgpu.SMEM((WARPGROUPS, 2, COLUMNS), jnp.float32),  # maxima and sums
+            plgpu.SMEM((WARPGROUPS, 2, BLOCK), jnp.float32),  # maxima and sums
             plgpu.RefUnion(
                 plgpu.SMEM((LATENT * COLUMNS // 2,), jnp.uint32),  # another warpgroup's results, float16
                 plgpu.SMEM((COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),

@@ -1,0 +1,277 @@
+"""Products of sixteen query rows, made by each warp alone (mma.sync), whose right operand is in registers.
+
+A warp's lane is (g, t) = (lane / 4, lane % 4). Of an array [64, X] in layout WGMMA warp w holds rows 16 w .. + 15, a lane rows g and
+g + 8, and in them columns 2 t and 2 t + 1 of every 8. Here the sixteen rows are the same query rows in each warp, and the columns are
+the warp's own: its tokens of scores and probabilities, its latents of outputs. A right operand of K by 16 comes as a float16
+[64, K], likewise in registers: a lane holds columns g and g + 8 of it, in rows 2 t and 2 t + 1 of every 8.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.hopper import ROW, WGMMA, swizzled
+
+COLUMNS = 16
+HALF_FLOAT, BFLOAT = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.float16, jnp.bfloat16))
+SCORES = plgpu.ShapeDtypeStruct((64, COLUMNS), jnp.float32, layout=WGMMA)
+
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
+
+# Of a swizzled [16, X] with tiles of 8 x 64, rows 8 .. 15 lying {rows} bytes after rows 0 .. 7: a lane's row of the load of
+# four matrices, which are rows 0 .. 7 and 8 .. 15 of eight columns and then of the next eight. Bits 5 and 6 give 16 columns of 64.
+LEFT_PLACE = """{{
+.reg .b32 x, y, z;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 3, 1;
+mad.lo.u32 y, y, {rows}, $1;
+and.b32 z, x, 7;
+mad.lo.u32 y, z, 128, y;
+bfe.u32 x, x, 4, 1;
+xor.b32 x, x, z;
+mad.lo.u32 $0, x, 16, y;
+}}"""
+LOAD_PLAIN = """{{
+.reg .b32 x;
+xor.b32 x, $4, {swap};
+ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0, $1, $2, $3}}, [x + {offset}];
+}}"""
+
+# Of a swizzled [64, 64]: a lane's row of the load of four times eight columns of its warp's first eight rows.
+RIGHT_PLACE = """{
+.reg .b32 x, y, z;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 5, 2;
+mad.lo.u32 y, y, 2048, $1;
+and.b32 z, x, 7;
+mad.lo.u32 y, z, 128, y;
+bfe.u32 x, x, 3, 2;
+xor.b32 x, x, z;
+mad.lo.u32 $0, x, 16, y;
+}"""
+
+# As LEFT_PLACE, of a swizzled [16, 64]: columns 16 w .. + 15 of warp w.
+P_PLACE = """{
+.reg .b32 x, y, z, w;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 3, 1;
+mad.lo.u32 y, y, 1024, $1;
+and.b32 z, x, 7;
+mad.lo.u32 y, z, 128, y;
+bfe.u32 w, x, 5, 2;
+bfe.u32 x, x, 4, 1;
+mad.lo.u32 x, w, 2, x;
+xor.b32 x, x, z;
+mad.lo.u32 $0, x, 16, y;
+}"""
+STORE_P = """{
+.reg .b32 a, b, c, d;
+cvt.rn.f16x2.f32 a, $2, $1;
+cvt.rn.f16x2.f32 b, $4, $3;
+cvt.rn.f16x2.f32 c, $6, $5;
+cvt.rn.f16x2.f32 d, $8, $7;
+stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {a, b, c, d};
+}"""
+
+# A lane's first two of its warp's sixteen tokens in float32 [64]; its other two lie 32 bytes on.
+TOKEN_PLACE = """{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 5, 2;
+mad.lo.u32 y, y, 64, $1;
+and.b32 x, x, 3;
+mad.lo.u32 $0, x, 8, y;
+}"""
+LOAD_TWO = "ld.shared.v2.f32 {{$0, $1}}, [$2 + {offset}];"
+
+# Where a lane of a warp leaves its result for row g, in [16 rows, 4 warps] of float32; row g + 8 lies 128 bytes on.
+MEETING_PLACE = """{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 2, 3;
+mad.lo.u32 $0, y, 16, $1;
+}"""
+LEAVE = """{{
+.reg .b32 x, y;
+mov.u32 x, %tid.x;
+bfe.u32 y, x, 5, 2;
+mad.lo.u32 y, y, 4, $0;
+st.shared.f32 [y + {offset}], $1;
+}}"""
+MEET = "ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+
+
+def add_scores(scores, keys, tile: int, q_smem):
+    """Adds to scores [64, 16] what 64 latents give: keys float16 [64, 64], queries the columns 64 tile .. of q_smem [16, 512]."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, HALF_FLOAT), return_type=SCORES)
+    def run(_, scores, keys, q):
+        (place,) = _ptx(LEFT_PLACE.format(rows=8192), _i32(), _address(q))
+        out, right = list(scores.registers.flat), _words(keys)
+        for step in range(4):
+            left = _ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * tile), (_i32(),) * 4, place, ordered=True)
+            out = _step(out, left, right[4 * step : 4 * step + 4])
+        return _like(scores, out)
+
+    return run(scores, keys, q_smem)
+
+
+def add_rope_scores(scores, k_smem, q_smem):
+    """Adds to scores the products of bfloat16 keys [64, 64] and queries [16, 64]."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, BFLOAT, BFLOAT), return_type=SCORES)
+    def run(_, scores, k, q):
+        (left_place,) = _ptx(LEFT_PLACE.format(rows=1024), _i32(), _address(q))
+        (right_place,) = _ptx(RIGHT_PLACE, _i32(), _address(k))
+        out = list(scores.registers.flat)
+        for pair in range(2):
+            tokens = [
+                _ptx(LOAD_PLAIN.format(swap=64 * pair, offset=1024 * j), (_i32(),) * 4, right_place, ordered=True)
+                for j in range(2)
+            ]
+            for half in range(2):
+                left = _ptx(LOAD_PLAIN.format(swap=64 * pair + 32 * half, offset=0), (_i32(),) * 4, left_place, ordered=True)
+                out = _step(out, left, [tokens[j][2 * half + k] for k in range(2) for j in range(2)], "bf16")
+        return _like(scores, out)
+
+    return run(scores, k_smem, q_smem)
+
+
+def store_probabilities(p, p_smem):
+    """p [64, 16] to float16 [16 rows, 64 tokens]."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, HALF_FLOAT))
+    def run(_, p, p_smem):
+        (place,) = _ptx(P_PLACE, _i32(), _address(p_smem))
+        utils.inline_ptx(STORE_P, place, *_floats(p.registers.flat), has_side_effects=True, convergent=True)
+
+    run(p, p_smem)
+
+
+def load_probabilities(p_smem):
+    """All of p_smem, in registers as `add_values` takes them."""
+
+    @plgpu.inline_mgpu(arg_types=(HALF_FLOAT,), return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.float16, layout=WGMMA))
+    def run(_, p):
+        (place,) = _ptx(LEFT_PLACE.format(rows=1024), _i32(), _address(p))
+        words = []
+        for step in range(4):
+            words += _ptx(LOAD_PLAIN.format(swap=32 * step, offset=0), (_i32(),) * 4, place, ordered=True)
+        f16x2 = ir.VectorType.get((2,), ir.F16Type.get())
+        registers = np.array([utils.bitcast(x, f16x2) for x in words], object)
+        shape = mgpu.WGMMA_LAYOUT.registers_shape((64, 64))
+        return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return run(p_smem)
+
+
+def add_values(out, p, values, first: int = 0):
+    """Adds to outputs [64, 16] the products of values float16 [64, K] of K tokens from 16 first on."""
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA,) * 3, return_type=SCORES)
+    def run(_, out, p, values):
+        registers, left, right = list(out.registers.flat), _words(p), _words(values)
+        for step in range(len(right) // 4):
+            registers = _step(registers, left[4 * (first + step) :][:4], right[4 * step : 4 * step + 4])
+        return _like(out, registers)
+
+    return run(out, p, values)
+
+
+def of_tokens(x_smem):
+    """float32 [64] of tokens, for each of the warps' columns: [64, 16]."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=SCORES)
+    def run(_, x):
+        (place,) = _ptx(TOKEN_PLACE, _i32(), _address(x))
+        pairs = [_pair(_ptx(LOAD_TWO.format(offset=32 * j), (_f32(),) * 2, place, ordered=True)) for j in range(2)]
+        registers = np.array([pair for pair in pairs for _ in range(2)], object)
+        shape = mgpu.WGMMA_LAYOUT.registers_shape((64, COLUMNS))
+        return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return run(x_smem)
+
+
+def warps_max(x, scratch_smem):
+    """Of float32 [64] in layout ROW the largest of the four warps' values of each row.
+
+    Scratch is float32 [64], this warpgroup's own. Between two reductions there must be another barrier of the warpgroup.
+    """
+    return _across(arith.maximumf, x, scratch_smem)
+
+
+def warps_sum(x, scratch_smem):
+    """The sum of the four warps' values; as `warps_max`."""
+    return _across(arith.addf, x, scratch_smem)
+
+
+def _across(op, x, scratch_smem):
+    @plgpu.inline_mgpu(arg_types=(ROW, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROW))
+    def run(_, x, scratch):
+        (place,) = _ptx(MEETING_PLACE, _i32(), _address(scratch))
+        for half, value in enumerate(_floats(x.registers.flat)):
+            utils.inline_ptx(LEAVE.format(offset=128 * half), place, value, has_side_effects=True)
+        utils.warpgroup_barrier()
+        registers = []
+        for half in range(2):
+            a, b, c, d = _ptx(MEET.format(offset=128 * half), (_f32(),) * 4, place, ordered=True)
+            registers.append(vector.broadcast(ir.VectorType.get((1,), _f32()), op(op(a, b), op(c, d))))
+        return _like(x, registers)
+
+    return run(x, scratch_smem)
+
+
+def _step(out: list, left, right, dtype: str = "f16") -> list:
+    """Sixteen steps of the inner dimension, to the registers of a [64, 16]: right holds rows 0 .. 7's two, then rows 8 .. 15's."""
+    for j in range(2):
+        pair = out[2 * j : 2 * j + 2]
+        c0, c1, c2, c3 = _ptx(MMA.format(dtype), (_f32(),) * 4, *left, right[j], right[2 + j], *_floats(pair), convergent=True)
+        out = [*out[: 2 * j], _pair((c0, c1)), _pair((c2, c3)), *out[2 * j + 2 :]]
+    return out
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _f32():
+    return ir.F32Type.get()
+
+
+def _ptx(text: str, results, *operands, ordered: bool = False, convergent: bool = False) -> tuple:
+    """`ordered`: not to be moved across barriers and other warps' business."""
+    results = results if isinstance(results, tuple) else (results,)
+    return utils.inline_ptx(text, *operands, result_types=results, has_side_effects=ordered, convergent=ordered or convergent)
+
+
+def _address(ref):
+    return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
+
+
+def _words(array) -> list:
+    return [utils.bitcast(x, _i32()) for x in array.registers.flat]
+
+
+def _floats(registers) -> list:
+    """The elements of vector registers."""
+    return [
+        vector.extract(x, dynamic_position=[], static_position=[k])
+        for x in registers
+        for k in range(ir.VectorType(x.type).shape[0])
+    ]
+
+
+def _pair(values):
+    pair = llvm.mlir_undef(ir.VectorType.get((2,), _f32()))
+    for k, value in enumerate(values):
+        pair = vector.insert(value, pair, dynamic_position=[], static_position=[k])
+    return pair
+
+
+def _like(array, registers):
+    registers = np.array(registers, object).reshape(array.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
