@@ -1,12 +1,12 @@
-"""Codes in shared memory to float16 in registers, twice: as keys and, transposed, as values, both the left operand of a wgmma.
+"""Codes in shared memory to float16 in registers, twice, both the right operand of `warp_products`: as keys and, transposed, as values.
 
-A warp's lane is (g, t) = (lane / 4, lane % 4); of a left operand of 64 rows it holds rows 16 w + g and + 8 for warp w, and in them
-columns 2 t and 2 t + 1 of every 8. A box is 64 tokens of 128 bytes of codes; segment s of 16 bytes of token r lies at s ^ (r % 8).
-The pages store a token's codes so that a lane finds those of its keys in segments 2 t and 2 t + 1.
+A warp's lane is (g, t) = (lane / 4, lane % 4). A box is 32 tokens of 384 or 512 bytes of codes, in swizzled tiles of 8 tokens by 128
+bytes: segment s of 16 bytes of token r lies at s ^ (r % 8). A page's two boxes have the tokens of warps 0 and 1, and of 2 and 3.
+The pages store a token's codes so that a lane finds those of its keys in segments 2 t and 2 t + 1 of each 128 bytes.
 
 For values a transposing matrix load takes a segment of eight tokens as a matrix of 16-bit units, which are two e4m3 codes or one
-half of a word of 6-bit codes. It gives lane (g, t) unit g of tokens 2 t and 2 t + 1: the pair that a row of V^T wants. So the rows
-of V^T, and of outputs, are latents in an order of their own, which `store_output` knows.
+half of a word of 6-bit codes. It gives lane (g, t) unit g of tokens 2 t and 2 t + 1: the pair that a column of values wants. So the
+columns of outputs are latents in an order of their own, which `store_output` knows.
 """
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.hopper import WGMMA, swizzled
 
+FP8_TILES, INT6_TILES = 8 * 512, 8 * 384  # bytes of eight tokens
 FP8_BOX, INT6_BOX = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.float8_e4m3fn, jnp.uint32))
 
 
@@ -33,22 +34,24 @@ cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }"""
 
-# Of the box at $1: a lane's first row and in it segment 2 t; bit 4 changed, 2 t + 1.
-KEY_PLACE = """{
-.reg .b32 x, y;
+# Of the boxes at $1 and $2: a lane's first row and in it segment 2 t; bit 4 changed, 2 t + 1. Its second row lies {tile} bytes on.
+KEY_PLACE = """{{
+.reg .b32 x, y, z;
+.reg .pred second;
 mov.u32 x, %tid.x;
 and.b32 y, x, 3;
 shl.b32 y, y, 5;
-.reg .b32 z;
-bfe.u32 x, x, 2, 3;
-shl.b32 z, x, 4;
+bfe.u32 z, x, 2, 3;
+mad.lo.u32 y, z, 128, y;
+shl.b32 z, z, 4;
 xor.b32 y, y, z;
-mad.lo.u32 y, x, 128, y;
-mov.u32 x, %tid.x;
-bfe.u32 x, x, 5, 2;
-mad.lo.u32 y, x, 2048, y;
-add.u32 $0, y, $1;
-}"""
+bfe.u32 z, x, 5, 1;
+mad.lo.u32 y, z, {two_tiles}, y;
+and.b32 z, x, 64;
+setp.ne.u32 second, z, 0;
+selp.b32 z, $2, $1, second;
+add.u32 $0, y, z;
+}}"""
 LOAD4 = """{{
 .reg .b32 x;
 xor.b32 x, $4, {swap};
@@ -56,17 +59,18 @@ ld.shared.v4.b32 {{$0, $1, $2, $3}}, [x + {offset}];
 }}"""
 LOAD4_PLAIN = "ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
 
-# Lane's row of the transposing load of segment $2 of tokens 0 .. 31 of box $1.
-VALUE_PLACE = """{
-.reg .b32 x, y;
+# A lane's row of the transposing load of segment $2 of the 32 tokens of box $1.
+VALUE_PLACE = """{{
+.reg .b32 x, y, z;
 mov.u32 x, %tid.x;
-and.b32 x, x, 31;
 and.b32 y, x, 7;
-xor.b32 y, y, $2;
-shl.b32 y, y, 4;
-mad.lo.u32 y, x, 128, y;
-add.u32 $0, y, $1;
-}"""
+xor.b32 z, y, $2;
+shl.b32 z, z, 4;
+mad.lo.u32 z, y, 128, z;
+bfe.u32 x, x, 3, 2;
+mad.lo.u32 z, x, {tile}, z;
+add.u32 $0, z, $1;
+}}"""
 LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$0, $1, $2, $3}}, [$4 + {offset}];"
 
 # Two tokens' pairs of codes to two codes' pairs of tokens.
@@ -198,52 +202,51 @@ mad.lo.u32 $0, y, 32, x;
 }"""
 
 
-def fp8_keys(half: int, box):
-    """Latents 64 half .. + 63 of a box of 128, [64 tokens, 64]."""
+def fp8_keys(block: int, boxes):
+    """Latents 64 block .. + 63 of the warps' tokens, [64 tokens, 64]."""
 
-    @plgpu.inline_mgpu(arg_types=(FP8_BOX,), return_type=_f16(64))
-    def run(_, box):
-        (place,) = _ptx(KEY_PLACE, 1, _address(box))
+    @plgpu.inline_mgpu(arg_types=(FP8_BOX,) * 2, return_type=_f16(64))
+    def run(_, *boxes):
+        (place,) = _ptx(KEY_PLACE.format(two_tiles=2 * FP8_TILES), 1, *map(_address, boxes))
+        chunk, half = divmod(block, 2)
         rows = []
         for row in range(2):
-            words = _ptx(LOAD4.format(swap=16 * half, offset=1024 * row), 4, place, ordered=True)
+            words = _ptx(LOAD4.format(swap=16 * half, offset=1024 * chunk + FP8_TILES * row), 4, place, ordered=True)
             rows.append([pair for x in words for pair in _ptx(FP8, 2, x)])
         return _array([x for pair in zip(*rows) for x in pair], 64)
 
-    return run(box)
+    return run(*boxes)
 
 
 def fp8_values(block: int, box):
-    """[64 latents, 64 tokens] of the box that has block `block`; see `store_output` for which latents."""
+    """Block `block` of latents of a box, [64 latents, 32 tokens]; see `store_output` for which these are."""
 
-    @plgpu.inline_mgpu(arg_types=(FP8_BOX,), return_type=_f16(64))
+    @plgpu.inline_mgpu(arg_types=(FP8_BOX,), return_type=_f16(32))
     def run(_, box):
-        (segment,) = _ptx(FP8_SEGMENT.format(first=4 * (block % 2)), 1)
-        (place,) = _ptx(VALUE_PLACE, 1, _address(box), segment)
-        registers = []
-        for tokens in range(2):
-            for word in _ptx(LOAD_TRANSPOSED.format(offset=4096 * tokens), 4, place, ordered=True):
-                registers += _ptx(SPLIT, 2, word)
-        return _array(registers, 64)
+        chunk, half = divmod(block, 2)
+        (segment,) = _ptx(FP8_SEGMENT.format(first=4 * half), 1)
+        (place,) = _ptx(VALUE_PLACE.format(tile=FP8_TILES), 1, _address(box), segment)
+        words = _ptx(LOAD_TRANSPOSED.format(offset=1024 * chunk), 4, place, ordered=True)
+        return _array([pair for x in words for pair in _ptx(SPLIT, 2, x)], 32)
 
     return run(box)
 
 
-def int6_words(half: int, spans, planes):
+def int6_words(half: int, spans, boxes):
     """The words and spans of units 4 half .. + 3 for a thread's two rows: registers, in no layout that means anything."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(INT6_BOX,) * 3), return_type=(_f16(96), _f16(32)))
-    def run(_, spans, *planes):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(INT6_BOX,) * 2), return_type=(_f16(96), _f16(32)))
+    def run(_, spans, *boxes):
         (span_place,) = _ptx(KEY_SPANS, 1, _address(spans))
-        places = [_ptx(KEY_PLACE, 1, _address(plane))[0] for plane in planes]
+        (place,) = _ptx(KEY_PLACE.format(two_tiles=2 * INT6_TILES), 1, *map(_address, boxes))
         pairs, loaded = [], []
         for row in range(2):
             pairs += _ptx(LOAD4_PLAIN.format(offset=256 * row + 16 * half), 4, span_place, ordered=True)
-            for p in places:
-                loaded += _ptx(LOAD4.format(swap=16 * half, offset=1024 * row), 4, p, ordered=True)
+            for plane in range(3):
+                loaded += _ptx(LOAD4.format(swap=16 * half, offset=1024 * plane + INT6_TILES * row), 4, place, ordered=True)
         return _array(loaded, 96), _array(pairs, 32)
 
-    return run(spans, *planes)
+    return run(spans, *boxes)
 
 
 def int6_keys(unit: int, words, spans):
@@ -262,37 +265,34 @@ def int6_keys(unit: int, words, spans):
     return run(words, spans)
 
 
-def int6_spans(tokens: int, spans):
-    """For values: the spans of a thread's two groups of 32 latents, of the tokens 32 tokens .. + 31."""
+def int6_spans(box: int, spans):
+    """For values: the spans of a thread's two groups of 32 latents, of the tokens of box `box`."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_f16(32))
     def run(_, spans):
         (span_place,) = _ptx(VALUE_SPANS, 1, _address(spans))
-        raw = _ptx(LOAD_TRANSPOSED.format(offset=1024 * tokens), 4, span_place, ordered=True)
+        raw = _ptx(LOAD_TRANSPOSED.format(offset=1024 * box), 4, span_place, ordered=True)
         return _array([y for x in raw for y in _ptx(PAIR_SPANS, 2, x, ordered=True)], 32)
 
     return run(spans)
 
 
-def int6_values(tokens: int, q: int, part: int, spans, planes):
-    """Two arrays [64 latents, 32 tokens] of the tokens 32 tokens .. + 31, for output blocks 4 q + 2 part and the next."""
-    count = 2 + part
+def int6_values(q: int, spans, box):
+    """Blocks 4 q .. + 3 of latents of a box, each [64 latents, 32 tokens]; see `store_output` for which these are."""
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, *(INT6_BOX,) * count), return_type=(_f16(32),) * 2)
-    def run(_, spans, *planes):
-        spans = _words(spans)[part::2]
+    @plgpu.inline_mgpu(arg_types=(WGMMA, INT6_BOX), return_type=(_f16(32),) * 4)
+    def run(_, spans, box):
+        spans = _words(spans)  # [eight tokens, group]
         (segment,) = _ptx(INT6_SEGMENT.format(first=2 * q), 1)
-        loaded = [
-            _ptx(LOAD_TRANSPOSED.format(offset=4096 * tokens), 4, _ptx(VALUE_PLACE, 1, _address(p), segment)[0], ordered=True)
-            for p in planes
-        ]
-        codes = [
-            _ptx((INT6_LOW, INT6_HIGH)[part], 4, *(plane[m] for plane in loaded), spans[m], _ptx(NEGATED, 1, spans[m])[0])
-            for m in range(4)
-        ]
-        return tuple(_array([x for four in codes for x in four[2 * c : 2 * c + 2]], 32) for c in range(2))
+        (place,) = _ptx(VALUE_PLACE.format(tile=INT6_TILES), 1, _address(box), segment)
+        planes = [_ptx(LOAD_TRANSPOSED.format(offset=1024 * plane), 4, place, ordered=True) for plane in range(3)]
+        codes = []
+        for m in range(4):
+            words, factors = [plane[m] for plane in planes], [(x, *_ptx(NEGATED, 1, x)) for x in spans[2 * m : 2 * m + 2]]
+            codes.append(_ptx(INT6_LOW, 4, *words[:2], *factors[0]) + _ptx(INT6_HIGH, 4, *words, *factors[1]))
+        return tuple(_array([x for eight in codes for x in eight[2 * c : 2 * c + 2]], 32) for c in range(4))
 
-    return run(spans, *planes[:count])
+    return run(spans, box)
 
 
 def store_output(block: int, int6: bool, out, o_smem):

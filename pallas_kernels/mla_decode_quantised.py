@@ -29,11 +29,11 @@ from pallas_kernels.warpgroup import put, sync, take
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
-CHUNK = 128  # bytes of a token's codes in a box
 WARPGROUPS = 3  # compute warpgroups
 DIMS = 64  # latents that a warpgroup's four warps add to the outputs at once
 BLOCKS = LATENT // DIMS
-SLOTS = 6  # boxes of 64 x 128 bytes of codes, for each warpgroup
+HALF = BLOCK // 2  # tokens of a box of codes
+SLOTS = {"fp8": 3, "int6": 4}  # boxes for each warpgroup: 48 KB
 LOWEST = -1e30  # running maximum of a row that has seen nothing: finite, so that differences are numbers
 F16 = jnp.float16
 
@@ -46,15 +46,14 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
     dtype = q_rope_BMR.dtype
     subtiles = -(-min(tokens * num_heads, ROWS) // COLUMNS)
     int6 = pages.format == "int6"
-    boxes = pages.latent.shape[2] * pages.latent.dtype.itemsize // CHUNK
-    box = CHUNK // pages.latent.dtype.itemsize
+    slots = SLOTS[pages.format]
     unit = scale * LOG2E
 
     def body(q_gmem, q_rope_gmem, positions_gmem, codes_gmem, k_rope_gmem, scale_gmem, table_gmem, *refs):
         schedule_gmem, (o_gmem, partial_gmem, lse_gmem), smem = Schedule(*refs[:6]), refs[6:9], refs[9:]
         q_smem, q_rope_smem, codes_smem, k_rope_smem, scale_smem, p_smem, scratch_smem, stats_smem, union, *barriers = smem
         words_smem, o_smem = union
-        q_full, q_free, scale_full, scale_free, codes_full, codes_free, rope_full, rope_free, *merging = barriers
+        q_full, q_ready, q_free, scale_full, scale_free, codes_full, codes_free, rope_full, rope_free, *merging = barriers
         stats_ready, part_ready, turn, merged = merging
         tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
         worker = workers - 1 - lax.axis_index("worker")  # see `merge`
@@ -70,6 +69,10 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         def blocks_of(own, begin, end):
             return lax.div(end - begin - place_of(own) + WARPGROUPS - 1, jnp.int32(WARPGROUPS))
 
+        def slot_of(own, n, k):
+            """Of box k of the n-th page of a warpgroup."""
+            return own * slots + lax.rem(2 * n + k, jnp.int32(slots))
+
         def load_pages(own):
             """One warp for each compute warpgroup."""
 
@@ -78,11 +81,10 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 place = own * 2 + lax.rem(n, jnp.int32(2))
                 pl.when(n >= 2)(lambda: plgpu.barrier_wait(scale_free.at[place]))
                 plgpu.copy_gmem_to_smem(scale_gmem.at[page], scale_smem.at[place], scale_full.at[place])
-                for k in range(boxes):
-                    count = n * boxes + k
-                    slot = own * SLOTS + lax.rem(count, jnp.int32(SLOTS))
-                    pl.when(count >= SLOTS)(lambda slot=slot: plgpu.barrier_wait(codes_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(codes_gmem.at[page, :, pl.ds(k * box, box)], codes_smem.at[slot], codes_full.at[slot])
+                for k in range(2):
+                    slot = slot_of(own, n, k)
+                    pl.when(2 * n + k >= slots)(lambda slot=slot: plgpu.barrier_wait(codes_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(codes_gmem.at[page, pl.ds(HALF * k, HALF)], codes_smem.at[slot], codes_full.at[slot])
                 pl.when(n > 0)(lambda: plgpu.barrier_wait(rope_free.at[own]))
                 plgpu.copy_gmem_to_smem(k_rope_gmem.at[page], k_rope_smem.at[own], rope_full.at[own])
 
@@ -102,8 +104,8 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             pl.when(done > 0)(lambda: plgpu.barrier_wait(rope_free.at[own]))
             for k in range(2):
                 pl.when(done > k)(lambda k=k: plgpu.barrier_wait(scale_free.at[own * 2 + k]))
-            for slot in range(SLOTS):
-                pl.when(done * boxes > slot)(lambda slot=slot: plgpu.barrier_wait(codes_free.at[own * SLOTS + slot]))
+            for slot in range(slots):
+                pl.when(2 * done > slot)(lambda slot=slot: plgpu.barrier_wait(codes_free.at[own * slots + slot]))
 
         def load_queries():
             def load_piece(piece, visited):
@@ -137,58 +139,52 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 return jnp.where(token <= limit, scores, -jnp.inf)
 
             count = blocks_of(own, begin, end)
+            plgpu.barrier_wait(q_full)
 
-            def slot(n, k, here):
-                return here * SLOTS + lax.rem(n * boxes + k, jnp.int32(SLOTS))
+            @pl.when(own == 1)
+            def _():
+                warp_products.to_float16(q_smem.at[0])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(q_ready)
 
-            def score(n, i, zero, here):
-                """The scores that the page's latents give, in sums of their own, and those of its rope keys."""
-                pl.when(i == 0)(lambda: plgpu.barrier_wait(q_full))
+            plgpu.barrier_wait(q_ready)
+            pl.when(count == 0)(lambda: plgpu.barrier_arrive(q_free))
+
+            def score(n, zero, here):
+                """The scores that the page's latents give, in two sums, and those of its rope keys."""
                 sums = [plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)] * 3
-
-                def multiply(tile_index, k):
-                    part = tile_index % 2
-                    sums[part] = warp_products.add_scores(sums[part], k, tile_index, q_smem.at[zero])
-
+                for k in range(2):
+                    plgpu.barrier_wait(codes_full.at[slot_of(here, n, k)])
+                codes = [codes_smem.at[slot_of(here, n, k)] for k in range(2)]
                 if int6:
-                    for k in range(boxes):
-                        plgpu.barrier_wait(codes_full.at[slot(n, k, here)])
                     place = here * 2 + lax.rem(n, jnp.int32(2))
                     plgpu.barrier_wait(scale_full.at[place])
-                    planes = [codes_smem.at[slot(n, k, here)] for k in range(boxes)]
-                    for half in range(2):
-                        words = dequantise.int6_words(half, scale_smem.at[place], planes)
-                        for unit in range(4):
-                            multiply(4 * half + unit, dequantise.int6_keys(unit, *words))
-                else:
-                    for chunk in range(boxes):
-                        plgpu.barrier_wait(codes_full.at[slot(n, chunk, here)])
-                        for half in range(2):
-                            multiply(2 * chunk + half, dequantise.fp8_keys(half, codes_smem.at[slot(n, chunk, here)]))
+                for block in range(BLOCKS):
+                    if not int6:
+                        keys = dequantise.fp8_keys(block, codes)
+                    else:
+                        if block % 4 == 0:
+                            words = dequantise.int6_words(block // 4, scale_smem.at[place], codes)
+                        keys = dequantise.int6_keys(block % 4, *words)
+                    sums[block % 2] = warp_products.add_scores(sums[block % 2], keys, block, q_smem.at[zero])
                 plgpu.barrier_wait(rope_full.at[here])
                 return sums[0] + sums[1], warp_products.add_rope_scores(sums[2], k_rope_smem.at[here], q_rope_smem.at[zero])
 
             def add_values(n, acc, here):
                 """Adds the page's values; frees a box of codes when they are in registers."""
                 acc, p = list(acc), warp_products.load_probabilities(p_smem.at[here])
+                for k in range(2):
+                    codes = codes_smem.at[slot_of(here, n, k)]
+                    if int6:
+                        spans = dequantise.int6_spans(k, scale_smem.at[here * 2 + lax.rem(n, jnp.int32(2))])
+                        values = (x for q in range(2) for x in dequantise.int6_values(q, spans, codes))
+                    else:
+                        values = (dequantise.fp8_values(block, codes) for block in range(BLOCKS))
+                    for block, x in enumerate(values):
+                        acc[block] = warp_products.add_values(acc[block], p, x, 2 * k)
+                    plgpu.barrier_arrive(codes_free.at[slot_of(here, n, k)])
                 if int6:
-                    planes = [codes_smem.at[slot(n, k, here)] for k in range(boxes)]
-                    place = here * 2 + lax.rem(n, jnp.int32(2))
-                    for half in range(2):
-                        spans = dequantise.int6_spans(half, scale_smem.at[place])
-                        for pair in range(4):
-                            values = dequantise.int6_values(half, pair // 2, pair % 2, spans, planes)
-                            for k in range(2):
-                                acc[2 * pair + k] = warp_products.add_values(acc[2 * pair + k], p, values[k], 2 * half)
-                    for k in range(boxes):
-                        plgpu.barrier_arrive(codes_free.at[slot(n, k, here)])
-                    plgpu.barrier_arrive(scale_free.at[place])
-                else:
-                    for block in range(BLOCKS):
-                        values = dequantise.fp8_values(block, codes_smem.at[slot(n, block // 2, here)])
-                        acc[block] = warp_products.add_values(acc[block], p, values)
-                        if block % 2:
-                            plgpu.barrier_arrive(codes_free.at[slot(n, block // 2, here)])
+                    plgpu.barrier_arrive(scale_free.at[here * 2 + lax.rem(n, jnp.int32(2))])
                 return acc
 
             def addresses():
@@ -201,7 +197,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 block = begin + place_of(own) + WARPGROUPS * i
                 zero, here = addresses()
                 place = here * 2 + lax.rem(n, jnp.int32(2))
-                scores, rope_scores = score(n, i, zero, here)
+                scores, rope_scores = score(n, zero, here)
                 plgpu.barrier_arrive(rope_free.at[here])
                 pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
                 if int6:
@@ -226,11 +222,6 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             m = plgpu.layout_cast(jnp.full((BLOCK,), LOWEST, jnp.float32), ROW)
             total = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
             acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
-
-            @pl.when(count == 0)
-            def _():
-                plgpu.barrier_wait(q_full)
-                plgpu.barrier_arrive(q_free)
 
             total = warp_products.warps_sum(total.sum(axis=1), scratch_smem.at[own])
             sync()  # all warps have read the scratch memory
@@ -351,9 +342,11 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((1, COLUMNS, LATENT), F16, transforms=swizzled(F16)),
-            plgpu.SMEM((1, COLUMNS, ROPE), q_rope_BMR.dtype, transforms=swizzled(q_rope_BMR.dtype)),
-            plgpu.SMEM((WARPGROUPS * SLOTS, BLOCK, box), pages.latent.dtype, transforms=swizzled(pages.latent.dtype)),
+            plgpu.SMEM((1, COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),  # queries, soon in float16
+            plgpu.SMEM((1, COLUMNS, ROPE), dtype, transforms=swizzled(dtype)),
+            plgpu.SMEM(
+                (WARPGROUPS * slots, HALF, pages.latent.shape[2]), pages.latent.dtype, transforms=swizzled(pages.latent.dtype)
+            ),
             plgpu.SMEM((WARPGROUPS, BLOCK, ROPE), pages.rope.dtype, transforms=swizzled(pages.rope.dtype)),
             plgpu.SMEM(scale_box, pages.scale.dtype),
             plgpu.SMEM((WARPGROUPS, COLUMNS, BLOCK), F16, transforms=swizzled(F16)),  # probabilities
@@ -364,11 +357,12 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 plgpu.SMEM((COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),
             ),
             plgpu.Barrier(num_arrivals=2),  # queries full
+            plgpu.Barrier(),  # queries converted
             plgpu.Barrier(num_arrivals=WARPGROUPS),  # queries free
             plgpu.Barrier(num_barriers=2 * WARPGROUPS),  # scales full
             plgpu.Barrier(num_barriers=2 * WARPGROUPS),  # scales free
-            plgpu.Barrier(num_barriers=WARPGROUPS * SLOTS),  # codes full
-            plgpu.Barrier(num_barriers=WARPGROUPS * SLOTS),  # codes free
+            plgpu.Barrier(num_barriers=WARPGROUPS * slots),  # codes full
+            plgpu.Barrier(num_barriers=WARPGROUPS * slots),  # codes free
             plgpu.Barrier(num_barriers=WARPGROUPS),  # rope keys full
             plgpu.Barrier(num_barriers=WARPGROUPS),  # rope keys free
             plgpu.Barrier(num_barriers=WARPGROUPS),  # statistics ready
@@ -378,9 +372,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         ],
         compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
     )
-    out_BMC, _, _ = kernel(
-        q_latent_BMC.astype(F16), q_rope_BMR, positions_BT, pages.latent, pages.rope, pages.scale, table_BP, *schedule
-    )
+    out_BMC, _, _ = kernel(q_latent_BMC, q_rope_BMR, positions_BT, pages.latent, pages.rope, pages.scale, table_BP, *schedule)
     return vary_like(q_latent_BMC, out_BMC)
 
 

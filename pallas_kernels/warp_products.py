@@ -105,15 +105,43 @@ st.shared.f32 [y + {offset}], $1;
 MEET = "ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
 
 
-def add_scores(scores, keys, tile: int, q_smem):
-    """Adds to scores [64, 16] what 64 latents give: keys float16 [64, 64], queries the columns 64 tile .. of q_smem [16, 512]."""
+# Of a bfloat16 [16, 512]: a thread's first 16 bytes; the next lie 2048 bytes on.
+CONVERT = """{{
+.reg .b32 a, x, y, p<4>;
+mov.u32 a, %tid.x;
+and.b32 a, a, 127;
+mad.lo.u32 a, a, 16, $0;
+ld.shared.v4.b32 {{p0, p1, p2, p3}}, [a + {offset}];
+{pairs}
+st.shared.v4.b32 [a + {offset}], {{p0, p1, p2, p3}};
+}}"""
+CONVERT_PAIR = "shl.b32 x, p{0}, 16; and.b32 y, p{0}, 0xFFFF0000; cvt.rn.f16x2.f32 p{0}, y, x;"
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, HALF_FLOAT), return_type=SCORES)
+
+def to_float16(x_smem):
+    """Converts bfloat16 [16, 512] in place."""
+
+    @plgpu.inline_mgpu(arg_types=(BFLOAT,))
+    def run(_, x):
+        pairs = "\n".join(CONVERT_PAIR.format(k) for k in range(4))
+        for i in range(8):
+            utils.inline_ptx(CONVERT.format(offset=2048 * i, pairs=pairs), _address(x), has_side_effects=True)
+
+    run(x_smem)
+
+
+def add_scores(scores, keys, block: int, q_smem):
+    """Adds to scores [64, 16] what 64 latents give: keys float16 [64, 64], queries the columns 64 block .. of q_smem.
+
+    q_smem is what `to_float16` has left of [16, 512].
+    """
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, BFLOAT), return_type=SCORES)
     def run(_, scores, keys, q):
         (place,) = _ptx(LEFT_PLACE.format(rows=8192), _i32(), _address(q))
         out, right = list(scores.registers.flat), _words(keys)
         for step in range(4):
-            left = _ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * tile), (_i32(),) * 4, place, ordered=True)
+            left = _ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * block), (_i32(),) * 4, place, ordered=True)
             out = _step(out, left, right[4 * step : 4 * step + 4])
         return _like(scores, out)
 
