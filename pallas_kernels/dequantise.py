@@ -10,14 +10,10 @@ columns of outputs are latents in an order of their own, which `store_output` kn
 """
 
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.hopper import WGMMA, swizzled
+from pallas_kernels.inline import address, floats, halves, ptx, words
 
 FP8_TILES, INT6_TILES = 8 * 512, 8 * 384  # bytes of eight tokens
 FP8_BOX, INT6_BOX = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.float8_e4m3fn, jnp.uint32))
@@ -207,13 +203,13 @@ def fp8_keys(block: int, boxes):
 
     @plgpu.inline_mgpu(arg_types=(FP8_BOX,) * 2, return_type=_f16(64))
     def run(_, *boxes):
-        (place,) = _ptx(KEY_PLACE.format(two_tiles=2 * FP8_TILES), 1, *map(_address, boxes))
+        (place,) = ptx(KEY_PLACE.format(two_tiles=2 * FP8_TILES), 1, *map(address, boxes))
         chunk, half = divmod(block, 2)
         rows = []
         for row in range(2):
-            words = _ptx(LOAD4.format(swap=16 * half, offset=1024 * chunk + FP8_TILES * row), 4, place, ordered=True)
-            rows.append([pair for x in words for pair in _ptx(FP8, 2, x)])
-        return _array([x for pair in zip(*rows) for x in pair], 64)
+            loaded = ptx(LOAD4.format(swap=16 * half, offset=1024 * chunk + FP8_TILES * row), 4, place, ordered=True)
+            rows.append([pair for x in loaded for pair in ptx(FP8, 2, x)])
+        return halves([x for pair in zip(*rows) for x in pair], 64)
 
     return run(*boxes)
 
@@ -224,10 +220,10 @@ def fp8_values(block: int, box):
     @plgpu.inline_mgpu(arg_types=(FP8_BOX,), return_type=_f16(32))
     def run(_, box):
         chunk, half = divmod(block, 2)
-        (segment,) = _ptx(FP8_SEGMENT.format(first=4 * half), 1)
-        (place,) = _ptx(VALUE_PLACE.format(tile=FP8_TILES), 1, _address(box), segment)
-        words = _ptx(LOAD_TRANSPOSED.format(offset=1024 * chunk), 4, place, ordered=True)
-        return _array([pair for x in words for pair in _ptx(SPLIT, 2, x)], 32)
+        (segment,) = ptx(FP8_SEGMENT.format(first=4 * half), 1)
+        (place,) = ptx(VALUE_PLACE.format(tile=FP8_TILES), 1, address(box), segment)
+        loaded = ptx(LOAD_TRANSPOSED.format(offset=1024 * chunk), 4, place, ordered=True)
+        return halves([pair for x in loaded for pair in ptx(SPLIT, 2, x)], 32)
 
     return run(box)
 
@@ -237,32 +233,32 @@ def int6_words(half: int, spans, boxes):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(INT6_BOX,) * 2), return_type=(_f16(96), _f16(32)))
     def run(_, spans, *boxes):
-        (span_place,) = _ptx(KEY_SPANS, 1, _address(spans))
-        (place,) = _ptx(KEY_PLACE.format(two_tiles=2 * INT6_TILES), 1, *map(_address, boxes))
+        (span_place,) = ptx(KEY_SPANS, 1, address(spans))
+        (place,) = ptx(KEY_PLACE.format(two_tiles=2 * INT6_TILES), 1, *map(address, boxes))
         pairs, loaded = [], []
         for row in range(2):
-            pairs += _ptx(LOAD4_PLAIN.format(offset=256 * row + 16 * half), 4, span_place, ordered=True)
+            pairs += ptx(LOAD4_PLAIN.format(offset=256 * row + 16 * half), 4, span_place, ordered=True)
             for plane in range(3):
-                loaded += _ptx(LOAD4.format(swap=16 * half, offset=1024 * plane + INT6_TILES * row), 4, place, ordered=True)
-        return _array(loaded, 96), _array(pairs, 32)
+                loaded += ptx(LOAD4.format(swap=16 * half, offset=1024 * plane + INT6_TILES * row), 4, place, ordered=True)
+        return halves(loaded, 96), halves(pairs, 32)
 
     return run(spans, *boxes)
 
 
-def int6_keys(unit: int, words, spans):
+def int6_keys(unit: int, loaded, spans):
     """Unit 0 .. 3 of what `int6_words` has loaded, [64 tokens, 64 latents]."""
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA), return_type=_f16(64))
-    def run(_, words, spans):
-        words, spans = _words(words), _words(spans)  # [row, plane, unit] and [row, unit]
+    def run(_, loaded, spans):
+        loaded, spans = words(loaded), words(spans)  # [row, plane, unit] and [row, unit]
         rows = []
         for row in range(2):
-            factors = _ptx(FACTORS, 4, spans[4 * row + unit])
-            planes = [words[12 * row + 4 * plane + unit] for plane in range(3)]
-            rows.append(_ptx(INT6_LOW, 4, *planes[:2], *factors[0::2]) + _ptx(INT6_HIGH, 4, *planes, *factors[1::2]))
-        return _array([x for pair in zip(*rows) for x in pair], 64)
+            factors = ptx(FACTORS, 4, spans[4 * row + unit])
+            planes = [loaded[12 * row + 4 * plane + unit] for plane in range(3)]
+            rows.append(ptx(INT6_LOW, 4, *planes[:2], *factors[0::2]) + ptx(INT6_HIGH, 4, *planes, *factors[1::2]))
+        return halves([x for pair in zip(*rows) for x in pair], 64)
 
-    return run(words, spans)
+    return run(loaded, spans)
 
 
 def int6_spans(box: int, spans):
@@ -270,9 +266,9 @@ def int6_spans(box: int, spans):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_f16(32))
     def run(_, spans):
-        (span_place,) = _ptx(VALUE_SPANS, 1, _address(spans))
-        raw = _ptx(LOAD_TRANSPOSED.format(offset=1024 * box), 4, span_place, ordered=True)
-        return _array([y for x in raw for y in _ptx(PAIR_SPANS, 2, x, ordered=True)], 32)
+        (span_place,) = ptx(VALUE_SPANS, 1, address(spans))
+        raw = ptx(LOAD_TRANSPOSED.format(offset=1024 * box), 4, span_place, ordered=True)
+        return halves([y for x in raw for y in ptx(PAIR_SPANS, 2, x, ordered=True)], 32)
 
     return run(spans)
 
@@ -282,15 +278,15 @@ def int6_values(q: int, spans, box):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, INT6_BOX), return_type=(_f16(32),) * 4)
     def run(_, spans, box):
-        spans = _words(spans)  # [eight tokens, group]
-        (segment,) = _ptx(INT6_SEGMENT.format(first=2 * q), 1)
-        (place,) = _ptx(VALUE_PLACE.format(tile=INT6_TILES), 1, _address(box), segment)
-        planes = [_ptx(LOAD_TRANSPOSED.format(offset=1024 * plane), 4, place, ordered=True) for plane in range(3)]
+        spans = words(spans)  # [eight tokens, group]
+        (segment,) = ptx(INT6_SEGMENT.format(first=2 * q), 1)
+        (place,) = ptx(VALUE_PLACE.format(tile=INT6_TILES), 1, address(box), segment)
+        planes = [ptx(LOAD_TRANSPOSED.format(offset=1024 * plane), 4, place, ordered=True) for plane in range(3)]
         codes = []
         for m in range(4):
-            words, factors = [plane[m] for plane in planes], [(x, *_ptx(NEGATED, 1, x)) for x in spans[2 * m : 2 * m + 2]]
-            codes.append(_ptx(INT6_LOW, 4, *words[:2], *factors[0]) + _ptx(INT6_HIGH, 4, *words, *factors[1]))
-        return tuple(_array([x for eight in codes for x in eight[2 * c : 2 * c + 2]], 32) for c in range(4))
+            three, factors = [plane[m] for plane in planes], [(x, *ptx(NEGATED, 1, x)) for x in spans[2 * m : 2 * m + 2]]
+            codes.append(ptx(INT6_LOW, 4, *three[:2], *factors[0]) + ptx(INT6_HIGH, 4, *three, *factors[1]))
+        return tuple(halves([x for eight in codes for x in eight[2 * c : 2 * c + 2]], 32) for c in range(4))
 
     return run(spans, box)
 
@@ -301,42 +297,18 @@ def store_output(block: int, int6: bool, out, o_smem):
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(swizzled(jnp.bfloat16))))
     def run(_, out, o):
         def store(place, pair, swap, offset):
-            utils.inline_ptx(STORE_BF16.format(swap=swap, offset=offset), place, *pair, has_side_effects=True)
+            ptx(STORE_BF16.format(swap=swap, offset=offset), 0, place, *pair)
 
-        base, (low, high) = _address(o), out.registers.reshape(2, 2)
-        for row, pairs in enumerate(zip(low, high)):
-            values = [[vector.extract(x, dynamic_position=[], static_position=[k]) for k in range(2)] for x in pairs]
+        base, values = address(o), floats(out)
+        for row in range(2):
+            low, high = values[2 * row :][:2], values[2 * row + 4 :][:2]
             if int6:  # a lane's columns are the halves of a word, two adjacent latents
-                (place,) = _ptx(INT6_PLACE, 1, base)
-                for e, pair in enumerate(values):
+                (place,) = ptx(INT6_PLACE, 1, base)
+                for e, pair in enumerate((low, high)):
                     store(place, pair, 16 * (block % 4 * 2 + e), 8192 * row + 4 * (block // 4))
             else:  # its columns of both results are the codes of a unit, two adjacent latents
-                for k, pair in enumerate(zip(*values)):
-                    (place,) = _ptx(FP8_PLACE.format(k=k), 1, base)
+                for k, pair in enumerate(zip(low, high)):
+                    (place,) = ptx(FP8_PLACE.format(k=k), 1, base)
                     store(place, pair, 0, 8192 * row + 2048 * (block // 2) + 8 * (block % 2))
 
     run(out, o_smem)
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _ptx(text: str, results: int, *operands, ordered: bool = False) -> tuple:
-    """`ordered`: not to be moved across barriers and other warps' business."""
-    return utils.inline_ptx(text, *operands, result_types=(_i32(),) * results, has_side_effects=ordered, convergent=ordered)
-
-
-def _address(ref):
-    return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
-
-
-def _words(array) -> list:
-    return [utils.bitcast(x, _i32()) for x in array.registers.flat]
-
-
-def _array(registers, columns: int):
-    """A thread's registers, in the order of pairs of columns and in each of its two rows, as float16 [64, columns]."""
-    layout, f16x2 = mgpu.WGMMA_LAYOUT, ir.VectorType.get((2,), ir.F16Type.get())
-    registers = np.array([utils.bitcast(x, f16x2) for x in registers], object).reshape(layout.registers_shape((64, columns)))
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

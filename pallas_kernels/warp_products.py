@@ -7,14 +7,10 @@ the warp's own: its tokens of scores and probabilities, its latents of outputs. 
 """
 
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.hopper import ROW, WGMMA, swizzled
+from pallas_kernels.hopper import WGMMA, swizzled
+from pallas_kernels.inline import address, floats, halves, ptx, singles, words
 
 COLUMNS = 16
 HALF_FLOAT, BFLOAT = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.float16, jnp.bfloat16))
@@ -88,23 +84,6 @@ mad.lo.u32 $0, x, 8, y;
 }"""
 LOAD_TWO = "ld.shared.v2.f32 {{$0, $1}}, [$2 + {offset}];"
 
-# Where a lane of a warp leaves its result for row g, in [16 rows, 4 warps] of float32; row g + 8 lies 128 bytes on.
-MEETING_PLACE = """{
-.reg .b32 x, y;
-mov.u32 x, %tid.x;
-bfe.u32 y, x, 2, 3;
-mad.lo.u32 $0, y, 16, $1;
-}"""
-LEAVE = """{{
-.reg .b32 x, y;
-mov.u32 x, %tid.x;
-bfe.u32 y, x, 5, 2;
-mad.lo.u32 y, y, 4, $0;
-st.shared.f32 [y + {offset}], $1;
-}}"""
-MEET = "ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
-
-
 # Of a bfloat16 [16, 512]: a thread's first 16 bytes; the next lie 2048 bytes on.
 CONVERT = """{{
 .reg .b32 a, x, y, p<4>;
@@ -125,7 +104,7 @@ def to_float16(x_smem):
     def run(_, x):
         pairs = "\n".join(CONVERT_PAIR.format(k) for k in range(4))
         for i in range(8):
-            utils.inline_ptx(CONVERT.format(offset=2048 * i, pairs=pairs), _address(x), has_side_effects=True)
+            ptx(CONVERT.format(offset=2048 * i, pairs=pairs), 0, address(x))
 
     run(x_smem)
 
@@ -138,12 +117,12 @@ def add_scores(scores, keys, block: int, q_smem):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, BFLOAT), return_type=SCORES)
     def run(_, scores, keys, q):
-        (place,) = _ptx(LEFT_PLACE.format(rows=8192), _i32(), _address(q))
-        out, right = list(scores.registers.flat), _words(keys)
+        (place,) = ptx(LEFT_PLACE.format(rows=8192), 1, address(q))
+        out, right = floats(scores), words(keys)
         for step in range(4):
-            left = _ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * block), (_i32(),) * 4, place, ordered=True)
+            left = ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * block), 4, place, ordered=True)
             out = _step(out, left, right[4 * step : 4 * step + 4])
-        return _like(scores, out)
+        return singles(out, COLUMNS)
 
     return run(scores, keys, q_smem)
 
@@ -153,18 +132,15 @@ def add_rope_scores(scores, k_smem, q_smem):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, BFLOAT, BFLOAT), return_type=SCORES)
     def run(_, scores, k, q):
-        (left_place,) = _ptx(LEFT_PLACE.format(rows=1024), _i32(), _address(q))
-        (right_place,) = _ptx(RIGHT_PLACE, _i32(), _address(k))
-        out = list(scores.registers.flat)
+        (left_place,) = ptx(LEFT_PLACE.format(rows=1024), 1, address(q))
+        (right_place,) = ptx(RIGHT_PLACE, 1, address(k))
+        out = floats(scores)
         for pair in range(2):
-            tokens = [
-                _ptx(LOAD_PLAIN.format(swap=64 * pair, offset=1024 * j), (_i32(),) * 4, right_place, ordered=True)
-                for j in range(2)
-            ]
+            tokens = [ptx(LOAD_PLAIN.format(swap=64 * pair, offset=1024 * j), 4, right_place, ordered=True) for j in range(2)]
             for half in range(2):
-                left = _ptx(LOAD_PLAIN.format(swap=64 * pair + 32 * half, offset=0), (_i32(),) * 4, left_place, ordered=True)
+                left = ptx(LOAD_PLAIN.format(swap=64 * pair + 32 * half, offset=0), 4, left_place, ordered=True)
                 out = _step(out, left, [tokens[j][2 * half + k] for k in range(2) for j in range(2)], "bf16")
-        return _like(scores, out)
+        return singles(out, COLUMNS)
 
     return run(scores, k_smem, q_smem)
 
@@ -174,8 +150,8 @@ def store_probabilities(p, p_smem):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, HALF_FLOAT))
     def run(_, p, p_smem):
-        (place,) = _ptx(P_PLACE, _i32(), _address(p_smem))
-        utils.inline_ptx(STORE_P, place, *_floats(p.registers.flat), has_side_effects=True, convergent=True)
+        (place,) = ptx(P_PLACE, 1, address(p_smem))
+        ptx(STORE_P, 0, place, *floats(p))
 
     run(p, p_smem)
 
@@ -185,14 +161,11 @@ def load_probabilities(p_smem):
 
     @plgpu.inline_mgpu(arg_types=(HALF_FLOAT,), return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.float16, layout=WGMMA))
     def run(_, p):
-        (place,) = _ptx(LEFT_PLACE.format(rows=1024), _i32(), _address(p))
-        words = []
+        (place,) = ptx(LEFT_PLACE.format(rows=1024), 1, address(p))
+        loaded = []
         for step in range(4):
-            words += _ptx(LOAD_PLAIN.format(swap=32 * step, offset=0), (_i32(),) * 4, place, ordered=True)
-        f16x2 = ir.VectorType.get((2,), ir.F16Type.get())
-        registers = np.array([utils.bitcast(x, f16x2) for x in words], object)
-        shape = mgpu.WGMMA_LAYOUT.registers_shape((64, 64))
-        return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+            loaded += ptx(LOAD_PLAIN.format(swap=32 * step, offset=0), 4, place, ordered=True)
+        return halves(loaded, 64)
 
     return run(p_smem)
 
@@ -202,10 +175,10 @@ def add_values(out, p, values, first: int = 0):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA,) * 3, return_type=SCORES)
     def run(_, out, p, values):
-        registers, left, right = list(out.registers.flat), _words(p), _words(values)
+        sums, left, right = floats(out), words(p), words(values)
         for step in range(len(right) // 4):
-            registers = _step(registers, left[4 * (first + step) :][:4], right[4 * step : 4 * step + 4])
-        return _like(out, registers)
+            sums = _step(sums, left[4 * (first + step) :][:4], right[4 * step :][:4])
+        return singles(sums, COLUMNS)
 
     return run(out, p, values)
 
@@ -215,91 +188,14 @@ def of_tokens(x_smem):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=SCORES)
     def run(_, x):
-        (place,) = _ptx(TOKEN_PLACE, _i32(), _address(x))
-        pairs = [_pair(_ptx(LOAD_TWO.format(offset=32 * j), (_f32(),) * 2, place, ordered=True)) for j in range(2)]
-        registers = np.array([pair for pair in pairs for _ in range(2)], object)
-        shape = mgpu.WGMMA_LAYOUT.registers_shape((64, COLUMNS))
-        return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+        (place,) = ptx(TOKEN_PLACE, 1, address(x))
+        pairs = [ptx(LOAD_TWO.format(offset=32 * j), 2, place, floats=True, ordered=True) for j in range(2)]
+        return singles([x for pair in pairs for _ in range(2) for x in pair], COLUMNS)
 
     return run(x_smem)
 
 
-def warps_max(x, scratch_smem):
-    """Of float32 [64] in layout ROW the largest of the four warps' values of each row.
-
-    Scratch is float32 [64], this warpgroup's own. Between two reductions there must be another barrier of the warpgroup.
-    """
-    return _across(arith.maximumf, x, scratch_smem)
-
-
-def warps_sum(x, scratch_smem):
-    """The sum of the four warps' values; as `warps_max`."""
-    return _across(arith.addf, x, scratch_smem)
-
-
-def _across(op, x, scratch_smem):
-    @plgpu.inline_mgpu(arg_types=(ROW, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROW))
-    def run(_, x, scratch):
-        (place,) = _ptx(MEETING_PLACE, _i32(), _address(scratch))
-        for half, value in enumerate(_floats(x.registers.flat)):
-            utils.inline_ptx(LEAVE.format(offset=128 * half), place, value, has_side_effects=True)
-        utils.warpgroup_barrier()
-        registers = []
-        for half in range(2):
-            a, b, c, d = _ptx(MEET.format(offset=128 * half), (_f32(),) * 4, place, ordered=True)
-            registers.append(vector.broadcast(ir.VectorType.get((1,), _f32()), op(op(a, b), op(c, d))))
-        return _like(x, registers)
-
-    return run(x, scratch_smem)
-
-
 def _step(out: list, left, right, dtype: str = "f16") -> list:
-    """Sixteen steps of the inner dimension, to the registers of a [64, 16]: right holds rows 0 .. 7's two, then rows 8 .. 15's."""
-    for j in range(2):
-        pair = out[2 * j : 2 * j + 2]
-        c0, c1, c2, c3 = _ptx(MMA.format(dtype), (_f32(),) * 4, *left, right[j], right[2 + j], *_floats(pair), convergent=True)
-        out = [*out[: 2 * j], _pair((c0, c1)), _pair((c2, c3)), *out[2 * j + 2 :]]
-    return out
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _f32():
-    return ir.F32Type.get()
-
-
-def _ptx(text: str, results, *operands, ordered: bool = False, convergent: bool = False) -> tuple:
-    """`ordered`: not to be moved across barriers and other warps' business."""
-    results = results if isinstance(results, tuple) else (results,)
-    return utils.inline_ptx(text, *operands, result_types=results, has_side_effects=ordered, convergent=ordered or convergent)
-
-
-def _address(ref):
-    return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
-
-
-def _words(array) -> list:
-    return [utils.bitcast(x, _i32()) for x in array.registers.flat]
-
-
-def _floats(registers) -> list:
-    """The elements of vector registers."""
-    return [
-        vector.extract(x, dynamic_position=[], static_position=[k])
-        for x in registers
-        for k in range(ir.VectorType(x.type).shape[0])
-    ]
-
-
-def _pair(values):
-    pair = llvm.mlir_undef(ir.VectorType.get((2,), _f32()))
-    for k, value in enumerate(values):
-        pair = vector.insert(value, pair, dynamic_position=[], static_position=[k])
-    return pair
-
-
-def _like(array, registers):
-    registers = np.array(registers, object).reshape(array.registers.shape)
-    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+    """Sixteen steps of the inner dimension, to a thread's part of a [64, 16]: right holds rows 0 .. 7's two words, then 8 .. 15's."""
+    columns = [ptx(MMA.format(dtype), 4, *left, *right[j::2], *out[4 * j :][:4], floats=True, convergent=True) for j in range(2)]
+    return [*columns[0], *columns[1]]
