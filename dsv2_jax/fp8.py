@@ -6,7 +6,6 @@ where its blocks begin within another parameter's. Letters: K and F a matrix's i
 """
 
 import dataclasses
-import math
 
 import jax
 import ml_dtypes
@@ -25,24 +24,19 @@ MULTIPLIED = frozenset({"w_q", "w_dq", "w_uq", "w_dkv", "w_o", "w_gate", "w_up",
 STORED = MULTIPLIED | {"w_kr", "w_uk", "w_uv"}
 
 
-def input_axes(name: str) -> int:
-    """How many of the axes of a matrix, by its name, are summed over; the others are its outputs."""
-    return 2 if name == "w_o" else 1
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp8Matrix:
-    """Stands for a parameter [..., *inputs, *outputs], of which K and F are the products. Zeros fill the last blocks."""
+    """Stands for a parameter [..., inputs, *outputs]; F is the product of its outputs. Zeros fill the last blocks."""
 
     values: jax.Array  # e4m3 [..., F, K], in whole blocks
     scales: jax.Array  # float32 [..., H, G]
-    inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    inputs: int = dataclasses.field(metadata={"static": True})
     outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return *self.values.shape[:-2], *self.inputs, *self.outputs
+        return *self.values.shape[:-2], self.inputs, *self.outputs
 
 
 # -- on the host
@@ -52,9 +46,9 @@ with np.errstate(invalid="ignore"):
 NUMBERS = np.arange(2**8, dtype=np.uint8).view(FLOAT8).astype(np.float32)
 
 
-def as_matrix(w: np.ndarray, inputs: int) -> np.ndarray:
-    """A parameter whose first axes are inputs as [F, K], the form of checkpoints and kernels: a view where that can be."""
-    return w.reshape(math.prod(w.shape[:inputs]), -1).T
+def as_matrix(w: np.ndarray) -> np.ndarray:
+    """A parameter [K, *outputs] as [F, K], the form of checkpoints and kernels: a view where that can be."""
+    return w.reshape(len(w), -1).T
 
 
 def blocks_of(shape: tuple[int, int]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
-from dsv2_jax.fp8 import BLOCK, FLOAT8, SCALES, STORED, blocks_of, dequantise, input_axes, quantise
+from dsv2_jax.fp8 import BLOCK, FLOAT8, SCALES, STORED, blocks_of, dequantise, quantise
 from dsv2_jax.tensor_files import DTYPES, copy, read_json, read_tensors
 from dsv2_jax.weights import Weights, main_dtype, member, refuse_mismatch, stacked_axes
 
@@ -41,7 +41,7 @@ w_head                  D -> V        lm_head.weight
 *.attn.kv_norm          C             self_attn.kv_a_layernorm.weight
 *.attn.w_uk             C -> N H      self_attn.kv_b_proj.weight
 *.attn.w_uv             C -> N Vd     self_attn.kv_b_proj.weight
-*.attn.w_o              N Vd -> D     self_attn.o_proj.weight
+*.attn.w_o              N*Vd -> D     self_attn.o_proj.weight
 *.ffn_norm              D             post_attention_layernorm.weight
 dense.ffn.w_gate        D -> I        mlp.gate_proj.weight
 dense.ffn.w_up          D -> I        mlp.up_proj.weight
@@ -83,7 +83,7 @@ class Part(NamedTuple):
 
     def blocks(self) -> np.ndarray:
         """Of a quantised linear: which row of blocks of the tensor each of the part's outputs lies in."""
-        return _blocks(self.shape[input_axes(self.path.rpartition(".")[2]) :], self.columns.start, self.columns.stop)
+        return _blocks(self.shape[1:], self.columns.start, self.columns.stop)
 
 
 @functools.cache
@@ -140,6 +140,7 @@ def _tensors(config: ModelConfig, column: int) -> dict[str, Tensor]:
         "R": config.qk_rope_head_dim,
         "H+R": config.qk_head_dim,
         "Vd": config.v_head_dim,
+        "N*Vd": config.num_attention_heads * config.v_head_dim,
         "Q": config.q_lora_rank,
         "C": config.kv_lora_rank,
         "E": config.n_routed_experts,
@@ -200,9 +201,9 @@ class TensorWeights(abc.ABC):
             plain = own[path] if len(own[path]) == 1 else {BFLOAT16 if dtype == FLOAT8 else dtype for dtype in own[path]}
             self.shapes[path] = shape, next(iter(plain)) if len(plain) == 1 else FLOAT32
             if plain == {FLOAT8}:
-                stack, inputs = shape[: stacked_axes(path)], input_axes(path.rpartition(".")[2])
-                inner = shape[len(stack) :]
-                matrix = math.prod(inner[inputs:]), math.prod(inner[:inputs])
+                depth = stacked_axes(path)
+                stack, (inputs, *outputs) = shape[:depth], shape[depth:]
+                matrix = math.prod(outputs), inputs
                 rows, columns = blocks_of(matrix)
                 self.shapes[path + SCALES] = (*stack, rows if whole[path] else matrix[0], columns), FLOAT32
         self.dtype = main_dtype(self.shapes)

@@ -56,7 +56,7 @@ class MLA(nnx.Module):
         self.kv_norm = nnx.Param(jnp.ones(c, dtype))
         self.w_uk = weight(c, n, cfg.qk_nope_head_dim)
         self.w_uv = weight(c, n, cfg.v_head_dim)
-        self.w_o = weight(n, cfg.v_head_dim, d)
+        self.w_o = weight(n * cfg.v_head_dim, d)
 
     @jax.named_scope("mla")
     def __call__(
@@ -89,7 +89,7 @@ class MLA(nnx.Module):
             # Kernels know no mesh: each device attends over its own sequences.
             attend = jax.shard_map(functools.partial(mla_attention, scale=scale), out_specs=specs.heads_BTNV)
             o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
-        return project("btnv,nvd->btd", o_BTNV, self.w_o), pages
+        return project("btk,kd->btd", o_BTNV.reshape(*x_BTD.shape[:2], -1), self.w_o), pages
 
     def _queries(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
         if self.cfg.q_lora_rank is None:

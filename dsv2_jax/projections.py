@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv2_jax.fp8 import BLOCK, MULTIPLIED, Fp8Matrix, input_axes
+from dsv2_jax.fp8 import BLOCK, MULTIPLIED, Fp8Matrix
 from pallas_kernels.grouped_matmul_fp8 import Fp8Weights, matmul_fp8, quantise_weights
 from pallas_kernels.grouped_mlp import grouped_mlp
 from pallas_kernels.grouped_mlp_fp8 import grouped_mlp_fp8
@@ -20,14 +20,13 @@ from sharding import specs
 Weight = nnx.Param | Fp8Matrix
 
 
-def project(subscripts: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`jnp.einsum` of tokens [B, T, ...] and a parameter, over all of the parameter's inputs, in x's dtype."""
+def project(subscripts: str, x_BTK: jax.Array, w: Weight) -> jax.Array:
+    """`jnp.einsum` of tokens [B, T, K] and a parameter [K, *outputs] over K, in x's dtype."""
     if not isinstance(w, Fp8Matrix):
-        return jnp.einsum(subscripts, x, w)
-    x_BTK = x.reshape(*x.shape[:2], -1)
+        return jnp.einsum(subscripts, x_BTK, w)
     # Kernels know no mesh: each device multiplies its own sequences.
     y_BTF = jax.shard_map(matmul_fp8, out_specs=specs.activations_BTD)(x_BTK, _operand(w))
-    return y_BTF[..., : math.prod(w.outputs)].reshape(*x.shape[:2], *w.outputs)
+    return y_BTF[..., : math.prod(w.outputs)].reshape(*x_BTK.shape[:2], *w.outputs)
 
 
 def project_experts(
@@ -47,9 +46,9 @@ def exact(w: Weight) -> jax.Array:
     """What a weight, or a stack of them, stands for, in float32."""
     if not isinstance(w, Fp8Matrix):
         return w[...].astype(jnp.float32)
-    inputs, outputs = math.prod(w.inputs), math.prod(w.outputs)
+    outputs = math.prod(w.outputs)
     scales = jnp.repeat(jnp.repeat(w.scales, BLOCK, axis=-2), BLOCK, axis=-1)
-    w_FK = (w.values.astype(jnp.float32) * scales)[..., :outputs, :inputs]
+    w_FK = (w.values.astype(jnp.float32) * scales)[..., :outputs, : w.inputs]
     return w_FK.swapaxes(-1, -2).reshape(w.shape)
 
 
@@ -61,11 +60,10 @@ def quantised(layer: Any) -> Any:
         if name not in MULTIPLIED:
             return param
         w, stacked = param[...], int("experts" in jax.tree_util.keystr(path))
-        axis = stacked + input_axes(name)
-        inputs, outputs = w.shape[stacked:axis], w.shape[axis:]
-        w_EKF = w.reshape(*(w.shape[:stacked] or (1,)), math.prod(inputs), math.prod(outputs))
+        inputs, *outputs = w.shape[stacked:]
+        w_EKF = w.reshape(*(w.shape[:stacked] or (1,)), inputs, math.prod(outputs))
         w_EKF = jnp.pad(w_EKF, [(0, 0), *((0, -n % BLOCK) for n in w_EKF.shape[1:])])
         values_EFK, scales_EHG = quantise_weights(w_EKF)
-        return Fp8Matrix(*((values_EFK, scales_EHG) if stacked else (values_EFK[0], scales_EHG[0])), inputs, outputs)
+        return Fp8Matrix(*((values_EFK, scales_EHG) if stacked else (values_EFK[0], scales_EHG[0])), inputs, tuple(outputs))
 
     return jax.tree.map_with_path(quantise, layer, is_leaf=lambda node: isinstance(node, nnx.Param))

@@ -31,13 +31,13 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
     """
     logits_BTE = einsum_float32("btd,de->bte", x_BTD, w_router_DE)  # products of bfloat16 numbers are exact in float32
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    allowed_BTE = scores_BTE
+    # Logits have the order of scores, and do not underflow. Without the barrier each comparison may compute its own again.
+    allowed_BTE = jax.lax.optimization_barrier(jax.lax.stop_gradient(logits_BTE))
     if cfg.topk_method == "group_limited_greedy":
-        grouped_BTGX = scores_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
+        grouped_BTGX = allowed_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
         groups_BTM = _largest(grouped_BTGX.max(axis=-1), cfg.topk_group)
         chosen_BTG = jax.nn.one_hot(groups_BTM, cfg.n_group, dtype=bool).any(axis=-2)
-        # Below 0, not 0: a chosen group's affinities may underflow to that, and a tie must not lead out of the groups.
-        allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, -1.0).reshape(scores_BTE.shape)
+        allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, -jnp.inf).reshape(scores_BTE.shape)
     experts_BTK = _largest(allowed_BTE, cfg.num_experts_per_tok)
     # By a sum, whose gradient, unlike that of a look-up, adds nothing up in an order that changes from run to run.
     affinities_BTK = (scores_BTE[:, :, None] * jax.nn.one_hot(experts_BTK, cfg.n_routed_experts)).sum(axis=-1)

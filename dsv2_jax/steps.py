@@ -17,9 +17,13 @@ from dsv2_jax.sampling import History, Sampled, SamplingArrays, sample
 from pallas_kernels.latent_pages import PAGE, LatentPages
 from sharding import specs
 
-# A GPU runs what does not depend on each other at the same time, as shared experts and the choice of the routed ones: a decode step
-# has many small kernels (at 1 and 256 requests, V2-Lite on an H200: 12 and 18% less time).
-SIDE_BY_SIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+GPU = {
+    # What does not depend on each other runs at the same time, as shared experts and the choice of the routed ones: a decode step has
+    # many small kernels (at 1 and 256 requests, V2-Lite on an H200: 12 and 18% less time).
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    # All but CUBLASLT_FISSION, for which the weights of each layer would be copied out of their stack.
+    "xla_gpu_experimental_autotune_backends": "TRITON,CUBLASLT,BLOCK_LEVEL_EMITTER,NATIVE_EMITTER,LLVM_KERNEL_EMITTER",
+}
 
 
 class State(NamedTuple):
@@ -57,7 +61,7 @@ def prefill(model: Decoder, state: State, batch: Batch, how: SamplingArrays | No
     return _sampled(model, state._replace(pages=pages), hidden_RD, positions_R, batch.seat_R, how, top)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="top", compiler_options=SIDE_BY_SIDE)
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="top", compiler_options=GPU)
 def decode(
     model: Decoder, state: State, rows_BX: jax.Array, how: SamplingArrays | None, top: int
 ) -> tuple[State, Sampled, jax.Array | None]:
@@ -75,9 +79,7 @@ def decode(
 
     seat_B, positions_B, tokens_BT, positions_BT, slots_BT, table_BP = _local(unpack, rows_BX, state.tokens_S)
     cache = Cache(state.pages, slots_BT, table_BP)
-    # The kernel that multiplies 8-bit weights takes them where they lie.
-    copied = model.weights_dtype != "fp8"
-    hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=copied)
+    hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=True)
     used_L = (stats["load"] > 0).sum(axis=1) if stats else None
     return *_sampled(model, state._replace(pages=pages), hidden_B1D[:, 0], positions_B + 1, seat_B, how, top), used_L
 

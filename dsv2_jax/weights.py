@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
-from dsv2_jax.fp8 import BLOCK, FLOAT8, SCALES, Fp8Matrix, as_matrix, blocks_of, dequantise, input_axes, quantise
+from dsv2_jax.fp8 import BLOCK, FLOAT8, SCALES, Fp8Matrix, as_matrix, blocks_of, dequantise, quantise
 from dsv2_jax.tensor_files import copy, create_tensors, read_json, read_tensors
 
 FORMAT = 1
@@ -171,7 +171,7 @@ def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
 def read_as(dtype: np.dtype, weights: Weights, path: str, index: tuple[slice, ...]) -> np.ndarray:
     """`parameter[index]` in `dtype`, an index for each axis: cast, or what its 8 bits stand for, rounded once."""
     shape, stored = weights.shapes[path]
-    depth, inputs = stacked_axes(path), input_axes(path.rpartition(".")[2])
+    depth = stacked_axes(path)
     inner = index[depth:]
     array = np.empty([len(range(n)[i]) for n, i in zip(shape, index)], dtype)
 
@@ -184,10 +184,10 @@ def read_as(dtype: np.dtype, weights: Weights, path: str, index: tuple[slice, ..
         if stored != FLOAT8:
             copy(array[(*place, ...)], part)
             return
-        column_K, row_F = numbers(slice(inputs)), numbers(slice(inputs, None))
+        column_K, row_F = numbers(slice(1)), numbers(slice(1, None))
         scales_HG = weights.read(path + SCALES, at)
-        row_F = row_F if len(scales_HG) == math.prod(shape[depth + inputs :]) else row_F // BLOCK
-        dequantise(as_matrix(part, inputs), scales_HG, row_F, column_K // BLOCK, as_matrix(array[place], inputs))
+        row_F = row_F if len(scales_HG) == math.prod(shape[depth + 1 :]) else row_F // BLOCK
+        dequantise(as_matrix(part), scales_HG, row_F, column_K // BLOCK, as_matrix(array[place]))
 
     _for_each(shape[:depth], index[:depth], read)
     return array
@@ -197,7 +197,7 @@ def _read_blocks(weights: Weights, path: str, leaf: Fp8Matrix, index: tuple[slic
     """Values and scales of the layers and experts of an index, in `leaf`'s layout."""
     shape, stored = weights.shapes[path]
     stack = [len(range(n)[i]) for n, i in zip(shape, index)]
-    matrix = math.prod(leaf.outputs), math.prod(leaf.inputs)
+    matrix = math.prod(leaf.outputs), leaf.inputs
     values = np.zeros((*stack, *leaf.values.shape[-2:]), leaf.values.dtype)
     scales = np.empty((*stack, *leaf.scales.shape[-2:]), leaf.scales.dtype)
     if stored == FLOAT8 and (held := weights.shapes[path + SCALES][0][-2:]) != blocks_of(matrix):
@@ -205,7 +205,7 @@ def _read_blocks(weights: Weights, path: str, leaf: Fp8Matrix, index: tuple[slic
         raise InputError(f"{weights.directory}: {path} has scales {list(held)} a matrix, expected {expected}")
 
     def read(place: tuple[int, ...], at: tuple[int, ...]) -> None:
-        w_FK = as_matrix(weights.read(path, at), len(leaf.inputs))
+        w_FK = as_matrix(weights.read(path, at))
         if stored == FLOAT8:
             copy(values[place][: matrix[0], : matrix[1]], w_FK)
             scales[place] = weights.read(path + SCALES, at)

@@ -71,7 +71,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             plgpu.set_max_registers(24, action="decrease")
 
             describe = functools.partial(tickets.look_up, table_gmem, parts * column_tiles)
-            tickets.lead(describe, count, ring, in_turn=consumers == 1 or most_blocks * parts * column_tiles <= SMS)
+            tickets.lead(describe, count, ring, in_turn=most_blocks * parts * column_tiles <= SMS)
 
         @pl.when(wg == consumers)
         def _():

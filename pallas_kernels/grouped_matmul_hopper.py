@@ -30,7 +30,6 @@ from pallas_kernels.hopper import COL, PARAMS, SMS, drain, registers, spread, sw
 
 STEP = 64  # of the contraction: 128 bytes of bfloat16, one swizzled row
 LAG = 1
-FEW = 32  # rows of a tile, at most, where the weights' bytes are all that counts
 
 
 class Tiling(NamedTuple):
@@ -46,10 +45,10 @@ class Tiling(NamedTuple):
 
 def tiling(row_unit: int, rows: int, experts: int) -> Tiling:
     """By the mean rows of an expert: figures above; `python -m benchmarks.grouped_matmul --tune` measures again."""
-    if row_unit <= FEW and rows <= 48 * experts:  # decode
-        if rows <= 16 * experts:  # the weights of some experts: narrow tiles, so that all SMs read
-            return Tiling(1, row_unit, FEW, 10, 9, 2)
-        return Tiling(2, row_unit, FEW, 6, 5, 2)
+    if row_unit <= 32 and rows <= 48 * experts:  # decode: the weights' bytes are all that counts
+        if rows <= 16 * experts:  # those of a few experts: narrow tiles, so that all SMs read
+            return Tiling(1, row_unit, 32, 10, 9, 2)
+        return Tiling(2, row_unit, 32, 6, 5, 2)
     return Tiling(2, row_unit, min(192, rows // row_unit * row_unit), 4, 3, 2)
 
 
@@ -78,7 +77,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     columns = ws[0].shape[1 if transposed else 2]
     width = 64 if gated else 128  # of a consumer's result
     t = tiling(row_unit, rows, experts)
-    consumers, few = range(t.consumers), t.rows <= FEW
+    consumers = range(t.consumers)
     steps = [x.shape[1] // STEP for x in xs_MA]
     total_steps = sum(steps)
     column_tiles = pl.cdiv(columns, t.consumers * width)
@@ -144,7 +143,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                 plgpu.copy_gmem_to_smem(weight_gmem[0].at[pl.ds(fields[1] * t.unit, t.rows)], words, barrier)
 
             describe = functools.partial(tickets.look_up, table_gmem, column_tiles)
-            tickets.lead(describe, count, ring, attach if gated else None, in_turn=few)
+            tickets.lead(describe, count, ring, attach if gated else None, in_turn=t.consumers == 1)
 
         @pl.when(wg == t.consumers)
         def _():

@@ -146,7 +146,7 @@ def test_parameters_are_stored_by_layer_and_expert(tmp_path):
     stores = checkpoint._Arrays(tmp_path / "checkpoints" / "1").stores
     for owner in ("params", "opt_state.1.mu", "opt_state.1.nu"):
         assert stores[f"{owner}.moe.ffn.experts.w_up"].chunk_layout.read_chunk.shape == (1, 1, 32, 16)
-        assert stores[f"{owner}.moe.attn.w_o"].chunk_layout.read_chunk.shape == (1, 2, 8, 32)
+        assert stores[f"{owner}.moe.attn.w_o"].chunk_layout.read_chunk.shape == (1, 16, 32)
         assert stores[f"{owner}.embed"].chunk_layout.read_chunk.shape == (64, 32)
 
 

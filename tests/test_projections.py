@@ -61,18 +61,17 @@ def error_of_tokens(got, wanted):
     return np.linalg.norm(got - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
 
 
-@pytest.mark.parametrize("subscripts, inputs, outputs", [("btd,dnx->btnx", (200,), (3, 50)), ("btnv,nvd->btd", (4, 40), (130,))])
+@pytest.mark.parametrize("subscripts, inputs, outputs", [("btd,dnx->btnx", 200, (3, 50)), ("btk,kd->btd", 160, (130,))])
 def test_project_multiplies_either_kind_of_weight(subscripts, inputs, outputs):
     rng = np.random.default_rng(0)
-    x = jax.reshard(jnp.asarray(rng.normal(size=(2, 5, *inputs)), jnp.float32), specs.tokens_BT)
-    name = "w_o" if len(inputs) == 2 else "w_q"
+    x = jax.reshard(jnp.asarray(rng.normal(size=(2, 5, inputs)), jnp.float32), specs.tokens_BT)
     layer = nnx.Module()
-    setattr(layer, name, nnx.Param(jnp.asarray(rng.normal(size=(*inputs, *outputs)), jnp.float32)))
-    w = getattr(quantised(layer), name)
-    assert (w.shape, w.values.dtype) == ((*inputs, *outputs), jnp.float8_e4m3fn)
-    stands_for = exact((w.values, w.scales))[: np.prod(inputs), : np.prod(outputs)].reshape(w.shape)
-    plain = project(subscripts, x, getattr(layer, name))
-    close(plain, np.einsum(subscripts, x, getattr(layer, name)[...]), 1e-5)
+    layer.w_q = nnx.Param(jnp.asarray(rng.normal(size=(inputs, *outputs)), jnp.float32))
+    w = quantised(layer).w_q
+    assert (w.shape, w.values.dtype) == ((inputs, *outputs), jnp.float8_e4m3fn)
+    stands_for = exact((w.values, w.scales))[:inputs, : np.prod(outputs)].reshape(w.shape)
+    plain = project(subscripts, x, layer.w_q)
+    close(plain, np.einsum(subscripts, x, layer.w_q[...]), 1e-5)
     got, wanted = project(subscripts, x, w), project(subscripts, x, nnx.Param(stands_for))
     assert (got.shape, got.dtype) == (plain.shape, x.dtype)
     close(got, wanted, 0.03)  # the activations' rounding
