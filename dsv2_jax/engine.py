@@ -2,8 +2,8 @@
 
 A step sends up to three programs to the devices, each compiled once for a fixed set of shapes: `prefill` of prompts from their
 beginning, packed into one row a device (naive attention); `prefill` of further chunks over what the cache holds of their requests
-(absorbed); and `decode` of one token of every request that is past its prompt. Chunks bound how long a decode step waits for
-prompts. Devices compute ahead: a step reads the tokens of the one before.
+(absorbed); and `decode` of one token of every request that is past its prompt. `next_tokens` follows each of them. Chunks bound how
+long a decode step waits for prompts. Devices compute ahead: a step reads the tokens of the one before.
 
 Each device has its own requests and pages (`pages.PagePool`), the routed experts are shared. Where pages run out, the request that
 came last gives up its own and is computed again later. What a request gets does not depend on the others.
@@ -13,7 +13,7 @@ Letters: B rows of all devices, T positions, P pages of a row, R answers a progr
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from dsv2_jax.model import Decoder
 from dsv2_jax.pages import PagePool
 from dsv2_jax.rotation import rotated
 from dsv2_jax.sampling import MAX_LOGPROBS, History, Sampled, Sampling, SamplingArrays, check, to_arrays, to_history
-from dsv2_jax.steps import Batch, State, begin_history, decode, prefill
+from dsv2_jax.steps import Batch, begin_history, decode, next_tokens, prefill
 from pallas_kernels.latent_pages import PAGE
 from sharding import specs
 
@@ -156,8 +156,8 @@ class Engine:
             )
         self._devices, self._max_batch = jax.sharding.get_mesh().size, max_batch
         seats = self._devices * max_batch
-        pages = latent_cache.empty(self.cfg, self.num_pages, self.cache_dtype)
-        self._state = State(pages, place(np.zeros(seats, np.int32)))
+        self._pages = latent_cache.empty(self.cfg, self.num_pages, self.cache_dtype)
+        self._tokens = place(np.zeros(seats, np.int32))  # the last token of the request in each seat
         self._history: History | None = None  # made when a request first needs it
         self._pools = [PagePool(self.num_pages) for _ in range(self._devices)]
         self._free_seats = [list(range(max_batch)) for _ in range(self._devices)]
@@ -385,7 +385,7 @@ class Engine:
                     answers[sample] = answer
                     answer.decoding = True
         batch = Batch(tokens_BT, positions_BT, segments_BT, slots_BT, table_BP, last_R, seat_R)
-        self._send(prefill, jax.tree.map(place, batch), answers, _Asked.by(answers))
+        self._send(prefill(self.model, self._pages, jax.tree.map(place, batch)), answers, _Asked.by(answers))
 
     def _send_decode(self) -> None:
         for answer in list(self._running):
@@ -411,20 +411,22 @@ class Engine:
         answers = [answer for mine in by_device for answer in mine + [None] * (rows - len(mine))]
         if answers != self._rows:
             self._rows, self._rows_asked = answers, _Asked.by(answers)
-        (self.used_experts,) = self._send(decode, place(rows_BX.reshape(-1, 2 + pages)), answers, self._rows_asked)
+        *sent, self.used_experts = decode(self.model, self._pages, self._tokens, place(rows_BX.reshape(-1, 2 + pages)))
+        self._send(sent, answers, self._rows_asked)
 
-    def _send(self, program: Callable, operand: Any, answers: list[_Answer | None], asked: "_Asked") -> list[Any]:
-        """Sends a program on its way, and returns what it returns beside state and samples."""
-        state = self._state._replace(history=self._history if asked.history else None)
-        state, sampled, *rest = program(self.model, state, operand, asked.how, asked.top)
-        self._history, self._state = state.history or self._history, state._replace(history=None)
+    def _send(self, sent: Sequence[Any], answers: list[_Answer | None], asked: "_Asked") -> None:
+        """Has the next tokens of answers chosen after a program, which gave the pages back and what the tokens follow from."""
+        self._pages, last = sent
+        history = self._history if asked.history else None
+        w_head_DV = self.model.w_head[...]
+        self._tokens, history, sampled = next_tokens(w_head_DV, self._tokens, history, last, asked.how, asked.top)
+        self._history = history or self._history
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         for answer in answers:
             if answer:
                 answer.ahead += 1
         self._flights.append((sampled, answers))
-        return rest
 
     def _read(self) -> None:
         """Takes in the tokens of the oldest program on its way, waiting for it."""

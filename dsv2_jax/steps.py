@@ -1,6 +1,7 @@
-"""The programs that an engine sends to the devices: prefill and decode, each ending in sampled tokens.
+"""The programs that an engine sends to the devices: prefill and decode, and the choice of the next tokens after either.
 
-State stays on the devices; a program takes it, and gives it back changed in place. Letters: B rows of all devices, T positions,
+The choice is a program of its own, so that other ways to sample compile in seconds. Pages, the last token of each request, and
+histories stay on the devices; a program takes them, and gives them back changed in place. Letters: B rows of all devices, T positions,
 P pages of a row, R answers a program samples, S seats of all devices, V vocabulary, L MoE layers.
 """
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax.cache import Cache
-from dsv2_jax.model import Decoder
+from dsv2_jax.model import Decoder, head_logits
 from dsv2_jax.sampling import History, Sampled, SamplingArrays, sample
 from pallas_kernels.latent_pages import PAGE, LatentPages
 from sharding import specs
@@ -24,14 +25,6 @@ GPU = {
     # All but CUBLASLT_FISSION, for which the weights of each layer would be copied out of their stack.
     "xla_gpu_experimental_autotune_backends": "TRITON,CUBLASLT,BLOCK_LEVEL_EMITTER,NATIVE_EMITTER,LLVM_KERNEL_EMITTER",
 }
-
-
-class State(NamedTuple):
-    """What lies on the devices between steps."""
-
-    pages: LatentPages
-    tokens_S: jax.Array  # the last token of the request in each seat
-    history: History | None = None  # [S, V]; given to a program where one of its requests has penalties or biases
 
 
 class Batch(NamedTuple):
@@ -46,25 +39,36 @@ class Batch(NamedTuple):
     seat_R: Any  # of its request; -1: no token is to be sampled
 
 
+class Last(NamedTuple):
+    """What the next tokens follow from. Seats count within a device."""
+
+    hidden_RD: Any  # of the last tokens so far
+    positions_R: Any  # of the next ones
+    seat_R: Any  # of their requests; -1: no token is to be sampled
+
+
 def _local(function: Callable, *args):
     """The function on each device's own rows."""
     return jax.shard_map(function, out_specs=specs.per_request_B)(*args)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="top")
-def prefill(model: Decoder, state: State, batch: Batch, how: SamplingArrays | None, top: int) -> tuple[State, Sampled]:
-    """Stores prompts or parts of them, and samples the first new token of those that are complete."""
-    cache = Cache(state.pages, batch.slots_BT, batch.table_BP)
-    hidden_BTD, pages, _ = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, cache)
-    hidden_RD = _local(lambda x_BTD, last_R: x_BTD.reshape(-1, x_BTD.shape[2])[last_R], hidden_BTD, batch.last_R)
-    positions_R = _local(lambda positions_BT, last_R: positions_BT.reshape(-1)[last_R] + 1, batch.positions_BT, batch.last_R)
-    return _sampled(model, state._replace(pages=pages), hidden_RD, positions_R, batch.seat_R, how, top)
+@functools.partial(jax.jit, donate_argnames="pages")
+def prefill(model: Decoder, pages: LatentPages, batch: Batch) -> tuple[LatentPages, Last]:
+    """Stores prompts or parts of them; the first new token of those that are complete is to be sampled."""
+
+    def last(x_BTD, positions_BT, last_R):
+        return x_BTD.reshape(-1, x_BTD.shape[2])[last_R], positions_BT.reshape(-1)[last_R] + 1
+
+    hidden_BTD, pages, _ = model(
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, Cache(pages, batch.slots_BT, batch.table_BP)
+    )
+    return pages, Last(*_local(last, hidden_BTD, batch.positions_BT, batch.last_R), batch.seat_R)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="top", compiler_options=GPU)
+@functools.partial(jax.jit, donate_argnames="pages", compiler_options=GPU)
 def decode(
-    model: Decoder, state: State, rows_BX: jax.Array, how: SamplingArrays | None, top: int
-) -> tuple[State, Sampled, jax.Array | None]:
+    model: Decoder, pages: LatentPages, tokens_S: jax.Array, rows_BX: jax.Array
+) -> tuple[LatentPages, Last, jax.Array | None]:
     """One more token of every request: rows are its seat, the position of its last token (-1: none), and its pages.
 
     Also returns how many experts of each MoE layer the tokens use.
@@ -77,14 +81,24 @@ def decode(
         tokens_B = tokens_S[jnp.maximum(seat_B, 0)]
         return seat_B, positions_B, tokens_B[:, None], positions_B[:, None], slots_B[:, None], table_BP
 
-    seat_B, positions_B, tokens_BT, positions_BT, slots_BT, table_BP = _local(unpack, rows_BX, state.tokens_S)
-    cache = Cache(state.pages, slots_BT, table_BP)
+    seat_B, positions_B, tokens_BT, positions_BT, slots_BT, table_BP = _local(unpack, rows_BX, tokens_S)
+    cache = Cache(pages, slots_BT, table_BP)
     hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=True)
     used_L = (stats["load"] > 0).sum(axis=1) if stats else None
-    return *_sampled(model, state._replace(pages=pages), hidden_B1D[:, 0], positions_B + 1, seat_B, how, top), used_L
+    return pages, Last(hidden_B1D[:, 0], positions_B + 1, seat_B), used_L
 
 
-def _sampled(model, state: State, hidden_RD, positions_R, seat_R, how, top) -> tuple[State, Sampled]:
+@functools.partial(jax.jit, donate_argnames=("tokens_S", "history"), static_argnames="top")
+def next_tokens(
+    w_head_DV: jax.Array, tokens_S: jax.Array, history: History | None, last: Last, how: SamplingArrays | None, top: int
+) -> tuple[jax.Array, History | None, Sampled]:
+    """Samples; each token becomes its seat's last one, and is counted in the history [S, V], if there is one.
+
+    Args:
+        history: given where a request has penalties or biases.
+        how, top: see `sampling.sample`.
+    """
+
     def rows(history, seat_R):
         return jax.tree.map(lambda x_SV: x_SV[jnp.maximum(seat_R, 0)], history)
 
@@ -94,13 +108,12 @@ def _sampled(model, state: State, hidden_RD, positions_R, seat_R, how, top) -> t
     def count(count_SV, seat_R, tokens_R):
         return count_SV.at[jnp.where(seat_R < 0, len(count_SV), seat_R), tokens_R].add(1, mode="drop")
 
-    history = None if state.history is None else _local(rows, state.history, seat_R)
-    sampled = sample(model.logits(hidden_RD), positions_R, how, history, top)
-    state = state._replace(tokens_S=_local(put, state.tokens_S, seat_R, sampled.tokens_B))
+    own = None if history is None else _local(rows, history, last.seat_R)
+    sampled = sample(head_logits(last.hidden_RD, w_head_DV), last.positions_R, how, own, top)
+    tokens_S = _local(put, tokens_S, last.seat_R, sampled.tokens_B)
     if history is not None:
-        count_SV = _local(count, state.history.count_BV, seat_R, sampled.tokens_B)
-        state = state._replace(history=state.history._replace(count_BV=count_SV))
-    return state, sampled
+        history = history._replace(count_BV=_local(count, history.count_BV, last.seat_R, sampled.tokens_B))
+    return tokens_S, history, sampled
 
 
 @functools.partial(jax.jit, donate_argnames="history")
@@ -115,4 +128,4 @@ def begin_history(history: History, seat_D: jax.Array, new: History) -> History:
 
 def compilations() -> int:
     """Programs that have been compiled, or read from the compilation cache, for steps of any engine."""
-    return sum(program._cache_size() for program in (prefill, decode, begin_history))
+    return sum(program._cache_size() for program in (prefill, decode, next_tokens, begin_history))

@@ -47,11 +47,11 @@ def test_prefill_and_decode(fp8, cache_dtype, matmuls):
     def integers(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), specs.per_request_B))
 
-    state = steps.State(jax.eval_shape(lambda: cache.empty(ONE_LAYER, 8, cache_dtype)), integers(4))
+    pages = jax.eval_shape(lambda: cache.empty(ONE_LAYER, 8, cache_dtype))
     if cache_dtype == "bfloat16":  # the formats' writes and reads have tests of their own
         fresh = steps.Batch(*[integers(1, 64)] * 4, None, integers(4), integers(4))
-        assert kernels(steps.prefill, decoder, state, fresh, None, 0) == {"mla_attention_forward"} | matmuls
+        assert kernels(steps.prefill, decoder, pages, fresh) == {"mla_attention_forward"} | matmuls
     if cache_dtype == "bfloat16" and not fp8:
         further = steps.Batch(*[integers(2, 64)] * 4, integers(2, 16), integers(2), integers(2))
-        assert kernels(steps.prefill, decoder, state, further, None, 0) == {"mla_decode"} | matmuls
-    assert kernels(steps.decode, decoder, state, integers(4, 2 + 16), None, 0) == {"mla_decode"} | matmuls
+        assert kernels(steps.prefill, decoder, pages, further) == {"mla_decode"} | matmuls
+    assert kernels(steps.decode, decoder, pages, integers(4), integers(4, 2 + 16)) == {"mla_decode"} | matmuls
