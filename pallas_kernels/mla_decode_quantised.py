@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dequantise, warp_products
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
+from pallas_kernels.latent_pages import GROUP
 from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
 from pallas_kernels.warp_products import COLUMNS
 from pallas_kernels.warpgroup import put, sync, take, warps_max, warps_sum
@@ -51,7 +52,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
     def body(q_gmem, q_rope_gmem, positions_gmem, codes_gmem, k_rope_gmem, scale_gmem, table_gmem, *refs):
         schedule_gmem, (o_gmem, partial_gmem, lse_gmem), smem = Schedule(*refs[:6]), refs[6:9], refs[9:]
-        q_smem, q_rope_smem, codes_smem, k_rope_smem, scale_smem, p_smem, scratch_smem, stats_smem, union, *barriers = smem
+        q_smem, q_rope_smem, codes_smem, k_rope_smem, scale_smem, p_smem, scratch_smem, stats_smem, unsigned_smem, union, *barriers = smem
         words_smem, o_smem = union
         q_full, q_ready, q_free, scale_full, scale_free, codes_full, codes_free, rope_full, rope_free, *merging = barriers
         stats_ready, part_ready, turn, merged = merging
@@ -143,7 +144,10 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
             @pl.when(own == 1)  # not 0, which may still write the piece before
             def _():
-                warp_products.to_float16(q_smem.at[0])
+                if int6:
+                    dequantise.int6_queries(q_smem.at[0], unsigned_smem)
+                else:
+                    warp_products.to_float16(q_smem.at[0])
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(q_ready)
 
@@ -151,23 +155,30 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             pl.when(count == 0)(lambda: plgpu.barrier_arrive(q_free))
 
             def score(n, place, zero, here):
-                """The scores that the page's latents give, in two sums, and those of its rope keys."""
-                sums = [plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)] * 3
+                """The scores that the page's latents give, and those of its rope keys; frees the rope keys."""
+                nothing = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
+                scores = rope_scores = nothing
                 for k in range(2):
                     plgpu.barrier_wait(codes_full.at[slot_of(here, n, k)])
                 codes = [codes_smem.at[slot_of(here, n, k)] for k in range(2)]
                 if int6:
                     plgpu.barrier_wait(scale_full.at[place])
-                for block in range(BLOCKS):
-                    if not int6:
+                    spans_smem = scale_smem.at[place]
+                    for pair in range(BLOCKS // 2):
+                        if pair % 2 == 0:
+                            spans = dequantise.int6_key_spans(pair // 2, spans_smem)
+                        for k, keys in enumerate(dequantise.int6_keys(pair, codes)):
+                            scores = dequantise.add_int6_scores(scores, keys, spans, 2 * pair + k, q_smem.at[zero])
+                    rope_scores = dequantise.add_unsigned(rope_scores, spans_smem, unsigned_smem)
+                    dequantise.turn_spans(spans_smem)
+                else:
+                    sums = [nothing] * 2  # so that products need not wait for the last
+                    for block in range(BLOCKS):
                         keys = dequantise.fp8_keys(block, codes)
-                    else:
-                        if block % 4 == 0:
-                            words = dequantise.int6_words(block // 4, scale_smem.at[place], codes)
-                        keys = dequantise.int6_keys(block % 4, *words)
-                    sums[block % 2] = warp_products.add_scores(sums[block % 2], keys, block, q_smem.at[zero])
+                        sums[block % 2] = warp_products.add_scores(sums[block % 2], keys, block, q_smem.at[zero])
+                    scores = sums[0] + sums[1]
                 plgpu.barrier_wait(rope_full.at[here])
-                return sums[0] + sums[1], warp_products.add_rope_scores(sums[2], k_rope_smem.at[here], q_rope_smem.at[zero])
+                return scores, warp_products.add_rope_scores(rope_scores, k_rope_smem.at[here], q_rope_smem.at[zero])
 
             def add_values(n, place, acc, here):
                 """Adds the page's values; frees a box of codes when they are in registers."""
@@ -175,14 +186,19 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 for k in range(2):
                     codes = codes_smem.at[slot_of(here, n, k)]
                     if int6:
-                        spans = dequantise.int6_spans(k, scale_smem.at[place])
-                        values = (x for q in range(2) for x in dequantise.int6_values(q, spans, codes))
+                        spans_smem = scale_smem.at[place]
+                        acc[BLOCKS] = dequantise.add_int6_sums(acc[BLOCKS], p, k, spans_smem)
+                        values = (x for q in range(2) for x in dequantise.int6_values(q, codes))
+                        for block, x in enumerate(values):
+                            if block % 2 == 0:
+                                weighted = dequantise.int6_weighted(p, k, block // 2, spans_smem)
+                            acc[block] = warp_products.add_values(acc[block], weighted, x)
                     else:
-                        values = (dequantise.fp8_values(block, codes) for block in range(BLOCKS))
-                    for block, x in enumerate(values):
-                        acc[block] = warp_products.add_values(acc[block], p, x, 2 * k)
+                        for block in range(BLOCKS):
+                            acc[block] = warp_products.add_values(acc[block], p, dequantise.fp8_values(block, codes), 2 * k)
                     plgpu.barrier_arrive(codes_free.at[slot_of(here, n, k)])
                 if int6:
+                    dequantise.written()  # by `turn_spans`
                     plgpu.barrier_arrive(scale_free.at[place])
                 return acc
 
@@ -200,7 +216,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 plgpu.barrier_arrive(rope_free.at[here])
                 pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
                 if int6:
-                    scores = (scores + rope_scores) * unit
+                    scores = scores * (unit * dequantise.SCORE_UNIT) + rope_scores * unit
                 else:
                     plgpu.barrier_wait(scale_full.at[place])
                     token_scale = jnp.maximum(warp_products.of_tokens(scale_smem.at[place]), 1e-30)
@@ -220,7 +236,9 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             acc = [plgpu.layout_cast(jnp.zeros((DIMS, COLUMNS), jnp.float32), WGMMA)] * BLOCKS
             m = plgpu.layout_cast(jnp.full((BLOCK,), LOWEST, jnp.float32), ROW)
             total = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
+            acc = [*acc, plgpu.layout_cast(jnp.zeros((BLOCK, 8), jnp.float32), WGMMA)] if int6 else acc
             acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
+            acc = [dequantise.int6_outputs(c, x, acc[BLOCKS]) for c, x in enumerate(acc[:BLOCKS])] if int6 else acc
 
             total = warps_sum(total.sum(axis=1), scratch_smem.at[own])
             sync()  # all warps have read the scratch memory
@@ -351,6 +369,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             plgpu.SMEM((WARPGROUPS, COLUMNS, BLOCK), F16, transforms=swizzled(F16)),  # probabilities
             plgpu.SMEM((WARPGROUPS, 4 * COLUMNS), jnp.float32),  # reductions across warps
             plgpu.SMEM((WARPGROUPS, 2, BLOCK), jnp.float32),  # maxima and sums
+            plgpu.SMEM((2, COLUMNS, LATENT // GROUP), F16),  # sums of queries, see `int6_queries`
             plgpu.RefUnion(
                 plgpu.SMEM((LATENT * COLUMNS // 2,), jnp.uint32),  # another warpgroup's results, float16
                 plgpu.SMEM((COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import WGMMA, swizzled
-from pallas_kernels.inline import address, floats, halves, ptx, singles, words
+from pallas_kernels.inline import address, floats, halves, number, ptx, singles, words
 
 COLUMNS = 16
 HALF_FLOAT, BFLOAT = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.float16, jnp.bfloat16))
@@ -117,11 +117,9 @@ def add_scores(scores, keys, block: int, q_smem):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, BFLOAT), return_type=SCORES)
     def run(_, scores, keys, q):
-        (place,) = ptx(LEFT_PLACE.format(rows=8192), 1, address(q))
         out, right = floats(scores), words(keys)
         for step in range(4):
-            left = ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * block), 4, place, ordered=True)
-            out = _step(out, left, right[4 * step : 4 * step + 4])
+            out = product(out, query_columns(block, step, q), right[4 * step : 4 * step + 4])
         return singles(out, COLUMNS)
 
     return run(scores, keys, q_smem)
@@ -139,7 +137,7 @@ def add_rope_scores(scores, k_smem, q_smem):
             tokens = [ptx(LOAD_PLAIN.format(swap=64 * pair, offset=1024 * j), 4, right_place, ordered=True) for j in range(2)]
             for half in range(2):
                 left = ptx(LOAD_PLAIN.format(swap=64 * pair + 32 * half, offset=0), 4, left_place, ordered=True)
-                out = _step(out, left, [tokens[j][2 * half + k] for k in range(2) for j in range(2)], "bf16")
+                out = product(out, left, [tokens[j][2 * half + k] for k in range(2) for j in range(2)], "bf16")
         return singles(out, COLUMNS)
 
     return run(scores, k_smem, q_smem)
@@ -177,7 +175,7 @@ def add_values(out, p, values, first: int = 0):
     def run(_, out, p, values):
         sums, left, right = floats(out), words(p), words(values)
         for step in range(len(right) // 4):
-            sums = _step(sums, left[4 * (first + step) :][:4], right[4 * step :][:4])
+            sums = product(sums, left[4 * (first + step) :][:4], right[4 * step :][:4])
         return singles(sums, COLUMNS)
 
     return run(out, p, values)
@@ -195,7 +193,21 @@ def of_tokens(x_smem):
     return run(x_smem)
 
 
-def _step(out: list, left, right, dtype: str = "f16") -> list:
-    """Sixteen steps of the inner dimension, to a thread's part of a [64, 16]: right holds rows 0 .. 7's two words, then 8 .. 15's."""
-    columns = [ptx(MMA.format(dtype), 4, *left, *right[j::2], *out[4 * j :][:4], floats=True, convergent=True) for j in range(2)]
-    return [*columns[0], *columns[1]]
+def query_columns(block: int, step: int, q):
+    """Inside a kernel's PTX: a lane's part of columns 64 block + 16 step .. + 15 of what `to_float16` has left."""
+    (place,) = ptx(LEFT_PLACE.format(rows=8192), 1, address(q))
+    return ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * block), 4, place, ordered=True)
+
+
+def product(out: list | None, left, right, dtype: str = "f16") -> list:
+    """Sixteen steps of the inner dimension, added to a thread's part of a [64, 8 N] or, for None, to nothing.
+
+    right holds N words for each of rows 0 .. 7 and then for each of rows 8 .. 15.
+    """
+    n = len(right) // 2
+    out = [number(0)] * 4 * n if out is None else out
+    return [
+        x
+        for j in range(n)
+        for x in ptx(MMA.format(dtype), 4, *left, *right[j::n], *out[4 * j :][:4], floats=True, convergent=True)
+    ]
