@@ -26,7 +26,7 @@ from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
 from pallas_kernels.latent_pages import GROUP
 from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
 from pallas_kernels.warp_products import COLUMNS
-from pallas_kernels.warpgroup import put, sync, take, warps_max, warps_sum
+from pallas_kernels.warpgroup import any_above, put, sync, take, warps_max, warps_sum
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
@@ -35,7 +35,8 @@ DIMS = 64  # latents that a warpgroup's four warps add to the outputs at once
 BLOCKS = LATENT // DIMS
 HALF = BLOCK // 2  # tokens of a box of codes
 SLOTS = {"fp8": 3, "int6": 4}  # boxes for each warpgroup: 48 KB
-LOWEST = -1e30  # running maximum of a row that has seen nothing: finite, so that differences are numbers
+LOWEST = -1e30  # reference of a row that has seen nothing: finite, so that differences are numbers
+ROOM = 4.0  # probabilities are at most 2^ROOM; a new reference lies as far above the largest score, in powers of two
 F16 = jnp.float16
 
 
@@ -155,7 +156,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             pl.when(count == 0)(lambda: plgpu.barrier_arrive(q_free))
 
             def score(n, place, zero, here):
-                """The scores that the page's latents give, and those of its rope keys; frees the rope keys."""
+                """The scores that the page's latents give, and those of its rope keys."""
                 nothing = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
                 scores = rope_scores = nothing
                 for k in range(2):
@@ -180,9 +181,9 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 plgpu.barrier_wait(rope_full.at[here])
                 return scores, warp_products.add_rope_scores(rope_scores, k_rope_smem.at[here], q_rope_smem.at[zero])
 
-            def add_values(n, place, acc, here):
+            def add_values(n, place, acc, p, here):
                 """Adds the page's values; frees a box of codes when they are in registers."""
-                acc, p = list(acc), warp_products.load_probabilities(p_smem.at[here])
+                acc = list(acc)
                 for k in range(2):
                     codes = codes_smem.at[slot_of(here, n, k)]
                     if int6:
@@ -213,7 +214,6 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 zero, here = addresses()
                 place = here * 2 + lax.rem(n, jnp.int32(2))
                 scores, rope_scores = score(n, place, zero, here)
-                plgpu.barrier_arrive(rope_free.at[here])
                 pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
                 if int6:
                     scores = scores * (unit * dequantise.SCORE_UNIT) + rope_scores * unit
@@ -222,16 +222,27 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                     token_scale = jnp.maximum(warp_products.of_tokens(scale_smem.at[place]), 1e-30)
                     scores = scores * (token_scale * unit) + (rope_scores * unit + jnp.log2(token_scale))
                 scores = lax.cond(block >= opened, lambda s: masked(s, block), lambda s: s, scores)
-                highest = warps_max(jnp.maximum(m, scores.max(axis=1)), scratch_smem.at[here])
-                p = jnp.exp2(scores - spread(highest, scores.shape))
+                p = jnp.exp2(scores - spread(m, scores.shape))
                 warp_products.store_probabilities(p, p_smem.at[here])
-                decay = jnp.exp2(m - highest)
-                total = total * spread(decay, p.shape) + (p if int6 else p / token_scale)
+                highest = warps_max(scores.max(axis=1), scratch_smem.at[here])
+
+                def refer_anew(acc, m, total, p):
+                    higher = jnp.maximum(m, highest + ROOM)
+                    p = jnp.exp2(scores - spread(higher, scores.shape))
+                    warp_products.store_probabilities(p, p_smem.at[here])
+                    decay = jnp.exp2(m - higher)
+                    sync()  # all probabilities are there
+                    return [x * spread(decay, x.shape) for x in acc], higher, total * spread(decay, total.shape), p
+
+                acc, m, total, p = lax.cond(
+                    any_above(highest, m + ROOM), refer_anew, lambda *unchanged: unchanged, acc, m, total, p
+                )
+                total = total + (p if int6 else p / token_scale)
                 if not int6:
                     plgpu.barrier_arrive(scale_free.at[place])
-                acc = [x * spread(decay, x.shape) for x in acc]
-                sync()  # all probabilities are there
-                return add_values(n, place, acc, here), highest, total
+                p = warp_products.load_probabilities(p_smem.at[here])
+                plgpu.barrier_arrive(rope_free.at[here])  # so that no warp meets in the next page those that still read here
+                return add_values(n, place, acc, p, here), m, total
 
             acc = [plgpu.layout_cast(jnp.zeros((DIMS, COLUMNS), jnp.float32), WGMMA)] * BLOCKS
             m = plgpu.layout_cast(jnp.full((BLOCK,), LOWEST, jnp.float32), ROW)
@@ -240,6 +251,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
             acc = [dequantise.int6_outputs(c, x, acc[BLOCKS]) for c, x in enumerate(acc[:BLOCKS])] if int6 else acc
 
+            sync()  # all warps have read the scratch memory
             total = warps_sum(total.sum(axis=1), scratch_smem.at[own])
             sync()  # all warps have read the scratch memory
 

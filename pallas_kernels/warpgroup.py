@@ -4,6 +4,7 @@ jnp's reductions across warps would share their scratch memory with the other wa
 """
 
 import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
@@ -26,7 +27,13 @@ mad.lo.u32 y, y, 4, $0;
 st.shared.f32 [y + {offset}], $1;
 }}"""
 MEET = "ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
-
+ANY_ABOVE = """{
+.reg .pred x, y;
+setp.gt.f32 x, $1, $3;
+setp.gt.or.f32 y, $2, $4, x;
+vote.sync.any.pred x, y, 0xffffffff;
+selp.b32 $0, 1, 0, x;
+}"""
 
 # A thread's own word of every 128.
 OWN = "{.reg .b32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; mad.lo.u32 $0, x, 4, $1;}"
@@ -67,6 +74,17 @@ def _across(op, x, scratch_smem):
         return like(x, results)
 
     return run(x, scratch_smem)
+
+
+def any_above(x, limit):
+    """Whether any of float32 [64] in layout ROW is above its limit; all warps must have the same sixteen values and limits."""
+
+    @plgpu.inline_mgpu(arg_types=(ROW, ROW), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROW))
+    def run(_, x, limit):
+        (found,) = ptx(ANY_ABOVE, 1, *floats(x), *floats(limit), ordered=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return run(x, limit) != 0
 
 
 def put(block: int, x, words_smem):
