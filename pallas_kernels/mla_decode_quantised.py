@@ -26,7 +26,7 @@ from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
 from pallas_kernels.latent_pages import GROUP
 from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
 from pallas_kernels.warp_products import COLUMNS
-from pallas_kernels.warpgroup import any_above, put, sync, take, warps_max, warps_sum
+from pallas_kernels.warpgroup import put, sync, sync_any_above, take, warps_max, warps_sum
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
@@ -222,12 +222,12 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                     token_scale = jnp.maximum(warp_products.of_tokens(scale_smem.at[place]), 1e-30)
                     scores = scores * (token_scale * unit) + (rope_scores * unit + jnp.log2(token_scale))
                 scores = lax.cond(block >= opened, lambda s: masked(s, block), lambda s: s, scores)
-                p = jnp.exp2(scores - spread(m, scores.shape))
+                excess = scores - spread(m, scores.shape)
+                p = jnp.exp2(excess)
                 warp_products.store_probabilities(p, p_smem.at[here])
-                highest = warps_max(scores.max(axis=1), scratch_smem.at[here])
 
                 def refer_anew(acc, m, total, p):
-                    higher = jnp.maximum(m, highest + ROOM)
+                    higher = jnp.maximum(m, warps_max(scores.max(axis=1), scratch_smem.at[here]) + ROOM)
                     p = jnp.exp2(scores - spread(higher, scores.shape))
                     warp_products.store_probabilities(p, p_smem.at[here])
                     decay = jnp.exp2(m - higher)
@@ -235,7 +235,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                     return [x * spread(decay, x.shape) for x in acc], higher, total * spread(decay, total.shape), p
 
                 acc, m, total, p = lax.cond(
-                    any_above(highest, m + ROOM), refer_anew, lambda *unchanged: unchanged, acc, m, total, p
+                    sync_any_above(excess, ROOM), refer_anew, lambda *unchanged: unchanged, acc, m, total, p
                 )
                 total = total + (p if int6 else p / token_scale)
                 if not int6:
@@ -251,7 +251,6 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
             acc = [dequantise.int6_outputs(c, x, acc[BLOCKS]) for c, x in enumerate(acc[:BLOCKS])] if int6 else acc
 
-            sync()  # all warps have read the scratch memory
             total = warps_sum(total.sum(axis=1), scratch_smem.at[own])
             sync()  # all warps have read the scratch memory
 

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.hopper import ROW, WGMMA
-from pallas_kernels.inline import address, floats, like, ptx, singles
+from pallas_kernels.inline import address, floats, like, number, ptx, singles
 
 # Where lane (g, t) of a warp leaves its value of row g, in [16 rows, 4 warps] of float32; row g + 8 lies 128 bytes on.
 MEETING_PLACE = """{
@@ -27,11 +27,10 @@ mad.lo.u32 y, y, 4, $0;
 st.shared.f32 [y + {offset}], $1;
 }}"""
 MEET = "ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
-ANY_ABOVE = """{
-.reg .pred x, y;
-setp.gt.f32 x, $1, $3;
-setp.gt.or.f32 y, $2, $4, x;
-vote.sync.any.pred x, y, 0xffffffff;
+SYNC_OR = """{
+.reg .pred x;
+setp.gt.f32 x, $1, $2;
+bar.red.or.pred x, $3, 128, x;
 selp.b32 $0, 1, 0, x;
 }"""
 
@@ -76,15 +75,18 @@ def _across(op, x, scratch_smem):
     return run(x, scratch_smem)
 
 
-def any_above(x, limit):
-    """Whether any of float32 [64] in layout ROW is above its limit; all warps must have the same sixteen values and limits."""
+def sync_any_above(x, limit: float):
+    """`sync`; whether any element of a float32 [64, 16] in layout WGMMA is above the limit."""
 
-    @plgpu.inline_mgpu(arg_types=(ROW, ROW), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROW))
-    def run(_, x, limit):
-        (found,) = ptx(ANY_ABOVE, 1, *floats(x), *floats(limit), ordered=True)
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROW))
+    def run(_, x):
+        first, *others = floats(x)
+        for y in others:
+            first = arith.maximumf(first, y)
+        (found,) = ptx(SYNC_OR, 1, first, number(limit), utils.warpgroup_barrier_idx(sync=False), ordered=True)
         return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
-    return run(x, limit) != 0
+    return run(x) != 0
 
 
 def put(block: int, x, words_smem):
