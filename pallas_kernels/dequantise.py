@@ -337,7 +337,9 @@ def add_int6_scores(scores, keys, spans, unit: int, q_smem):
             for step in range(2 * group, 2 * group + 2):
                 sums = product(sums, query_columns(unit, step, q), right[4 * step : 4 * step + 4])
             # A thread's elements are two tokens of each of two rows, of its first and its second two tokens.
-            out = [ptx(FMA, 1, x, factors[i % 2 + 2 * (i // 4)][group], y, floats=True)[0] for i, (x, y) in enumerate(zip(sums, out))]
+            out = [
+                ptx(FMA, 1, x, factors[i % 2 + 2 * (i // 4)][group], y, floats=True)[0] for i, (x, y) in enumerate(zip(sums, out))
+            ]
         return singles(out, COLUMNS)
 
     return run(scores, keys, spans, q_smem)

@@ -23,8 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dequantise, warp_products
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
-from pallas_kernels.latent_pages import GROUP
 from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
+from pallas_kernels.latent_pages import GROUP
 from pallas_kernels.warp_products import COLUMNS
 from pallas_kernels.warpgroup import put, sync, sync_any_above, take, warps_max, warps_sum
 
@@ -53,7 +53,19 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
     def body(q_gmem, q_rope_gmem, positions_gmem, codes_gmem, k_rope_gmem, scale_gmem, table_gmem, *refs):
         schedule_gmem, (o_gmem, partial_gmem, lse_gmem), smem = Schedule(*refs[:6]), refs[6:9], refs[9:]
-        q_smem, q_rope_smem, codes_smem, k_rope_smem, scale_smem, p_smem, scratch_smem, stats_smem, unsigned_smem, union, *barriers = smem
+        (
+            q_smem,
+            q_rope_smem,
+            codes_smem,
+            k_rope_smem,
+            scale_smem,
+            p_smem,
+            scratch_smem,
+            stats_smem,
+            unsigned_smem,
+            union,
+            *barriers,
+        ) = smem
         words_smem, o_smem = union
         q_full, q_ready, q_free, scale_full, scale_free, codes_full, codes_free, rope_full, rope_free, *merging = barriers
         stats_ready, part_ready, turn, merged = merging
