@@ -233,21 +233,21 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                     plgpu.barrier_wait(scale_full.at[place])
                     token_scale = jnp.maximum(warp_products.of_tokens(scale_smem.at[place]), 1e-30)
                     scores = scores * (token_scale * unit) + (rope_scores * unit + jnp.log2(token_scale))
-                scores = lax.cond(block >= opened, lambda s: masked(s, block), lambda s: s, scores)
                 excess = scores - spread(m, scores.shape)
                 p = jnp.exp2(excess)
                 warp_products.store_probabilities(p, p_smem.at[here])
 
                 def refer_anew(acc, m, total, p):
-                    higher = jnp.maximum(m, warps_max(scores.max(axis=1), scratch_smem.at[here]) + ROOM)
-                    p = jnp.exp2(scores - spread(higher, scores.shape))
+                    valid = masked(scores, block)
+                    higher = jnp.maximum(m, warps_max(valid.max(axis=1), scratch_smem.at[here]) + ROOM)
+                    p = jnp.exp2(valid - spread(higher, scores.shape))
                     warp_products.store_probabilities(p, p_smem.at[here])
                     decay = jnp.exp2(m - higher)
                     sync()  # all probabilities are there
                     return [x * spread(decay, x.shape) for x in acc], higher, total * spread(decay, total.shape), p
 
                 acc, m, total, p = lax.cond(
-                    sync_any_above(excess, ROOM), refer_anew, lambda *unchanged: unchanged, acc, m, total, p
+                    sync_any_above(excess, ROOM) | (block >= opened), refer_anew, lambda *unchanged: unchanged, acc, m, total, p
                 )
                 total = total + (p if int6 else p / token_scale)
                 if not int6:
