@@ -2,13 +2,18 @@
 
 The sixteen rows of a product by a single warp (mma.sync) are sixteen query rows, where a wgmma would pad them to 64. Its right operand
 is in registers, where codes become float16: twice, as keys and, transposed, as values, so that nothing dequantised goes back to
-shared memory. Of a page's 64 tokens each of a warpgroup's four warps scores sixteen; they exchange maxima and probabilities, and
-each adds up the outputs of its own 128 latents. A page is a long chain of loads, conversions, products and softmax, so three
-compute warpgroups work on their own, each on every third page with its own softmax. They meet at the end of a piece.
+shared memory. Of a page's 64 tokens each of a warpgroup's four warps scores sixteen; they exchange probabilities, and each adds up
+the outputs of its own 128 latents. A page is a long chain of loads, conversions, products and softmax, so three compute warpgroups
+work on their own, each on every third page with its own softmax. They meet at the end of a piece.
+
+The exponents' reference of a row is not its largest score so far but one set earlier, with room above: so warps need not agree on
+a maximum before they exponentiate, one barrier a page both tells that all probabilities are there and whether a score has outgrown
+its reference, and only then, or where tokens must be masked, are references renewed and outputs rescaled.
 
 e4m3 is converted as it is, its scale of a token multiplies the scores, and the probabilities by adding its logarithm to the exponent.
-Six-bit codes are placed below the exponent of 1.0 (see latent_pages). Bringing pages into the L2 cache ahead of their loads costs
-time: 250 us instead of 201 for 256 requests of 4096 fp8 tokens, 16 heads, in an earlier version on an H200.
+Six-bit codes: see `dequantise_int6`. Probabilities times spans are float16, so an int6 latent must stay below 1980. Bringing pages
+into the L2 cache ahead of their loads costs time: 250 us instead of 201 for 256 requests of 4096 fp8 tokens, 16 heads, in an earlier
+version on an H200.
 
 Letters: B requests, M rows (heads of query tokens) of a request, C latent dim, R rope dim, T query tokens, P pages, S slots.
 """
@@ -21,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dequantise, warp_products
+from pallas_kernels import dequantise, dequantise_int6, warp_products
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
 from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
 from pallas_kernels.latent_pages import GROUP
@@ -158,7 +163,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             @pl.when(own == 1)  # not 0, which may still write the piece before
             def _():
                 if int6:
-                    dequantise.int6_queries(q_smem.at[0], unsigned_smem)
+                    dequantise_int6.queries(q_smem.at[0], unsigned_smem)
                 else:
                     warp_products.to_float16(q_smem.at[0])
                 plgpu.commit_smem()
@@ -179,11 +184,11 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                     spans_smem = scale_smem.at[place]
                     for pair in range(BLOCKS // 2):
                         if pair % 2 == 0:
-                            spans = dequantise.int6_key_spans(pair // 2, spans_smem)
-                        for k, keys in enumerate(dequantise.int6_keys(pair, codes)):
-                            scores = dequantise.add_int6_scores(scores, keys, spans, 2 * pair + k, q_smem.at[zero])
-                    rope_scores = dequantise.add_unsigned(rope_scores, spans_smem, unsigned_smem)
-                    dequantise.turn_spans(spans_smem)
+                            spans = dequantise_int6.key_spans(pair // 2, spans_smem)
+                        for k, keys in enumerate(dequantise_int6.keys(pair, codes)):
+                            scores = dequantise_int6.add_scores(scores, keys, spans, 2 * pair + k, q_smem.at[zero])
+                    rope_scores = dequantise_int6.add_unsigned(rope_scores, spans_smem, unsigned_smem)
+                    dequantise_int6.turn_spans(spans_smem)
                 else:
                     sums = [nothing] * 2  # so that products need not wait for the last
                     for block in range(BLOCKS):
@@ -200,18 +205,18 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                     codes = codes_smem.at[slot_of(here, n, k)]
                     if int6:
                         spans_smem = scale_smem.at[place]
-                        acc[BLOCKS] = dequantise.add_int6_sums(acc[BLOCKS], p, k, spans_smem)
-                        values = (x for q in range(2) for x in dequantise.int6_values(q, codes))
+                        acc[BLOCKS] = dequantise_int6.add_sums(acc[BLOCKS], p, k, spans_smem)
+                        values = (x for q in range(2) for x in dequantise_int6.values(q, codes))
                         for block, x in enumerate(values):
                             if block % 2 == 0:
-                                weighted = dequantise.int6_weighted(p, k, block // 2, spans_smem)
+                                weighted = dequantise_int6.weighted(p, k, block // 2, spans_smem)
                             acc[block] = warp_products.add_values(acc[block], weighted, x)
                     else:
                         for block in range(BLOCKS):
                             acc[block] = warp_products.add_values(acc[block], p, dequantise.fp8_values(block, codes), 2 * k)
                     plgpu.barrier_arrive(codes_free.at[slot_of(here, n, k)])
                 if int6:
-                    dequantise.written()  # by `turn_spans`
+                    dequantise_int6.written()  # by `turn_spans`
                     plgpu.barrier_arrive(scale_free.at[place])
                 return acc
 
@@ -228,7 +233,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 scores, rope_scores = score(n, place, zero, here)
                 pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
                 if int6:
-                    scores = scores * (unit * dequantise.SCORE_UNIT) + rope_scores * unit
+                    scores = scores * (unit * dequantise_int6.SCORE_UNIT) + rope_scores * unit
                 else:
                     plgpu.barrier_wait(scale_full.at[place])
                     token_scale = jnp.maximum(warp_products.of_tokens(scale_smem.at[place]), 1e-30)
@@ -261,7 +266,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             total = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
             acc = [*acc, plgpu.layout_cast(jnp.zeros((BLOCK, 8), jnp.float32), WGMMA)] if int6 else acc
             acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
-            acc = [dequantise.int6_outputs(c, x, acc[BLOCKS]) for c, x in enumerate(acc[:BLOCKS])] if int6 else acc
+            acc = [dequantise_int6.outputs(c, x, acc[BLOCKS]) for c, x in enumerate(acc[:BLOCKS])] if int6 else acc
 
             total = warps_sum(total.sum(axis=1), scratch_smem.at[own])
             sync()  # all warps have read the scratch memory
@@ -392,7 +397,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             plgpu.SMEM((WARPGROUPS, COLUMNS, BLOCK), F16, transforms=swizzled(F16)),  # probabilities
             plgpu.SMEM((WARPGROUPS, 4 * COLUMNS), jnp.float32),  # reductions across warps
             plgpu.SMEM((WARPGROUPS, 2, BLOCK), jnp.float32),  # maxima and sums
-            plgpu.SMEM((2, COLUMNS, LATENT // GROUP), F16),  # sums of queries, see `int6_queries`
+            plgpu.SMEM((2, COLUMNS, LATENT // GROUP), F16),  # sums of queries, see `dequantise_int6.queries`
             plgpu.RefUnion(
                 plgpu.SMEM((LATENT * COLUMNS // 2,), jnp.uint32),  # another warpgroup's results, float16
                 plgpu.SMEM((COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),
