@@ -7,11 +7,11 @@ its own, and loading and applying those took a kernel from 1370 to 1080 TFLOP/s 
 few rows there is one consumer, and the room goes to more stages: all that counts is to read the weights. Where tiles are too few
 for all SMs, K is split, and XLA adds up the parts in the order of K, in float32.
 
-On one H200, useful rows, and times as fast as our bfloat16 kernel in the same run (before K was split, and tickets had a warpgroup
-of their own): V2-Lite 98304 x 2048 x (64 x) 2816 1084 us (1046 TFLOP/s), 1.62; V2 49152 x 5120 x (160 x) 3072 1696 us (912), 1.47.
-Two consumers of 128 rows by 128 columns that took turns had 1168 us, 1.46, and 1745 us, 1.43, in these runs. Decode: V2-Lite's 384
-rows 109 us, 1.74; V2's 1536 rows 618 us, where reading the weights takes 585. The chip is at its 700 W; V2's experts also pad their
-307 rows to multiples of 64, by a tenth.
+On one H200, useful rows, and times as fast as our bfloat16 kernel in the same run: V2-Lite 98304 x 2048 x (64 x) 2816 1118 us (1014
+TFLOP/s), 1.59; V2 49152 x 5120 x (160 x) 3072 1877 us (824), 1.46; in an earlier run 1084 us, 1.62, and 1696, 1.47, where two
+consumers of 128 rows by 128 columns that took turns had 1168 us, 1.46, and 1745, 1.43. Decode: V2-Lite's 384 rows 109 us, 1.74;
+V2's 1536 rows 618 us, where reading the weights takes 585. The chip is at its 700 W; V2's experts also pad their 307 rows to
+multiples of 64, by a tenth.
 
 Letters: M rows, K and F matmul dims, E experts, G and H blocks of 128 columns in K and F. Kernel-side names: x rows, w weights.
 """
@@ -202,8 +202,7 @@ def tiling(rows: int, experts: int) -> tuple[int, int]:
 def split(steps: int, tiles: int, consumers: int) -> tuple[int, int]:
     """Parts of K, as many as have an SM for each tile, and the steps of a part; the last may have fewer.
 
-    A consumer writes 32 KiB, which are read again: as many bytes as the weights of four steps, and no other part has fewer. Not
-    timed yet.
+    A consumer writes 32 KiB, which are read again: as many bytes as the weights of four steps, and no other part has fewer.
     """
     parts = max(1, min(SMS // tiles, steps // (4 * consumers)))
     part_steps = -(-steps // parts)

@@ -6,12 +6,11 @@ for each of two consumers, which share the rows in shared memory and have a ring
 come `LAG` steps later, so that one consumer stores its result while the other keeps the tensor cores busy. (Where few experts have
 rows at all, there is but one.) Another warpgroup loads, and another takes tickets.
 
-One H200, rate over that of one dense cuBLAS matmul of the same FLOPs (kernel times, single calls of each in turn, medians), before
-tickets had a warpgroup of their own:
-V2-Lite, 98304 rows, row_unit 32: forward 0.929 (655 TFLOP/s), gate and up with SwiGLU 0.901; with 16: forward 0.925, input
-gradient 0.930. V2, 49152 rows, row_unit 16: 0.944 (641), 0.934, input gradient 0.908. V2 decode, 1536 rows: 1127 us, where the
-weights' bytes take 1171 at the rate of a copy. LAG 0 with 3 x stages and 3 out_slots: 0.916 V2-Lite, 0.938 V2; tiles of 160 rows
-with 3 out_slots: 0.925 V2-Lite.
+One H200, rate over that of one dense cuBLAS matmul of the same FLOPs in the same run: V2-Lite, 98304 rows, row_unit 32: forward 0.924
+(668 TFLOP/s), gate and up with SwiGLU 0.895, input gradient 0.939; V2, 49152 rows, row_unit 16: 0.930 (592), 0.887, 0.895. V2 decode,
+1536 rows: 1162 us, where the weights' bytes take 1171 at the rate of a copy. In an earlier run, beside 0.929 for V2-Lite's forward
+and 0.944 for V2's: row_unit 16 for V2-Lite 0.925; LAG 0 with 3 x stages and 3 out_slots 0.916 and 0.938; tiles of 160 rows with 3
+out_slots 0.925 for V2-Lite. One token's six experts of V2-Lite, both products: 34 us, with two consumers 42.
 
 Letters: M rows, A and B matmul dims (B of the result), D model, F hidden, E experts. Kernel-side names: x rows, w weights.
 """
