@@ -37,7 +37,7 @@ from dsv2_jax.tensor_files import read_json
 from dsv2_jax.train_state import TrainState, arrays
 from dsv2_jax.weights import refuse_mismatch, stacked_axes
 
-FORMAT = 1  # of the manifest
+FORMAT = 2  # of the manifest
 PARAMS = "params."  # how the names of parameters begin among the arrays of a state
 
 

@@ -415,7 +415,7 @@ class Engine:
         self._send(sent, answers, self._rows_asked)
 
     def _send(self, sent: Sequence[Any], answers: list[_Answer | None], asked: "_Asked") -> None:
-        """Has the next tokens of answers chosen after a program, which gave the pages back and what the tokens follow from."""
+        """Chooses the next tokens of answers from what a program gave, pages and `Last`, and notes that they are on their way."""
         self._pages, last = sent
         history = self._history if asked.history else None
         w_head_DV = self.model.w_head[...]

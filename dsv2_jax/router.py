@@ -31,8 +31,9 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
     """
     logits_BTE = einsum_float32("btd,de->bte", x_BTD, w_router_DE)  # products of bfloat16 numbers are exact in float32
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    # Logits have the order of scores, and do not underflow. Without the barrier each comparison may compute its own again.
-    allowed_BTE = jax.lax.optimization_barrier(jax.lax.stop_gradient(logits_BTE))
+    # Logits have the order of scores, and do not underflow; finite, all of them differ from the -inf of what is not allowed. Without
+    # the barrier each comparison may compute its own again.
+    allowed_BTE = jax.lax.optimization_barrier(jnp.nan_to_num(jax.lax.stop_gradient(logits_BTE)))
     if cfg.topk_method == "group_limited_greedy":
         grouped_BTGX = allowed_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
         groups_BTM = _largest(grouped_BTGX.max(axis=-1), cfg.topk_group)
@@ -51,7 +52,7 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
 
 
 def _largest(values_BTE: jax.Array, k: int) -> jax.Array:
-    """Where the k largest values are, in falling order, the first of equal ones first: the indices of `jax.lax.top_k`.
+    """Where the k largest of numbers are, in falling order, the first of equal ones first: the indices of `jax.lax.top_k`.
 
     All compared with all is a small program on a GPU, where top_k sorts; and the compiler would gather the whole batch for it.
     """
@@ -59,8 +60,7 @@ def _largest(values_BTE: jax.Array, k: int) -> jax.Array:
     one, other = values_BTE[..., None], values_BTE[..., None, :]
     rank_BTE = ((other > one) | (other == one) & (index_E < index_E[:, None])).sum(axis=-1, dtype=jnp.int32)
     at_rank_BTKE = rank_BTE[..., None, :] == jnp.arange(k, dtype=jnp.int32)[:, None]
-    # Of values that are not numbers all have rank 0; an index there is, none the less.
-    return jnp.minimum(jnp.where(at_rank_BTKE, index_E, 0).sum(axis=-1, dtype=jnp.int32), index_E[-1])
+    return jnp.where(at_rank_BTKE, index_E, 0).sum(axis=-1, dtype=jnp.int32)
 
 
 def reach(cfg: ModelConfig, devices: int) -> tuple[int, float]:

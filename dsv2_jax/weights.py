@@ -27,7 +27,7 @@ from dsv2_jax.fields import InputError
 from dsv2_jax.fp8 import BLOCK, FLOAT8, SCALES, Fp8Matrix, as_matrix, blocks_of, dequantise, quantise
 from dsv2_jax.tensor_files import copy, create_tensors, read_json, read_tensors
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "native.json"
 
 

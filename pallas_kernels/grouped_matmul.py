@@ -46,9 +46,8 @@ def unsupported(x_MK: jax.Array, ws: list, unit: int) -> str | None:
     dtypes = sorted({str(a.dtype) for a in (x_MK, *ws)})
     if dtypes != ["bfloat16"]:
         return f"the operands are {', '.join(dtypes)}, expected bfloat16"
-    if any(
-        size % 64 or size < 128 for w in ws for size in w.shape[1:]
-    ):  # (of one block of 64, TMA would not see what lies outside)
+    # Of a dimension of one block of 64 a TMA copy has no index, and what lies outside would be stored inside.
+    if any(size % 64 or size < 128 for w in ws for size in w.shape[1:]):
         return f"the weights are {', '.join(str(w.shape) for w in ws)}, expected dimensions of 128 or more that 64 divides"
     if unit not in (16, 32, 64):
         return f"row_unit is {unit}, expected 16, 32 or 64"

@@ -37,16 +37,16 @@ class Tiling(NamedTuple):
     consumers: int
     unit: int
     rows: int
-    x_stages: int  # more than w_stages by LAG: rows stay until the second consumer has used them
+    x_stages: int  # more than w_stages by LAG where a second consumer uses the rows later
     w_stages: int
     out_slots: int  # blocks of 64 x 64 a consumer can be storing
 
 
 def tiling(row_unit: int, rows: int, experts: int) -> Tiling:
-    """By the mean rows of an expert: figures above; `python -m benchmarks.grouped_matmul --tune` measures again."""
+    """By the mean rows of an expert: figures above; `python -m benchmarks.grouped_matmul --tune` measures the last again."""
     if row_unit <= 32 and rows <= 48 * experts:  # decode: the weights' bytes are all that counts
         if rows <= 16 * experts:  # those of a few experts: narrow tiles, so that all SMs read
-            return Tiling(1, row_unit, 32, 10, 9, 2)
+            return Tiling(1, row_unit, 32, 9, 9, 2)
         return Tiling(2, row_unit, 32, 6, 5, 2)
     return Tiling(2, row_unit, min(192, rows // row_unit * row_unit), 4, 3, 2)
 

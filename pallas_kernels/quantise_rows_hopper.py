@@ -59,9 +59,8 @@ def quantise_rows(x_MK: jax.Array, least: float, largest: float) -> tuple[jax.Ar
         body,
         out_type=[
             jax.ShapeDtypeStruct(x_MK.shape, jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct(
-                (blocks, strips * ROWS), jnp.float32
-            ),  # of whole strips: a copy in one dimension knows no rows' end
+            # Of whole strips: a copy in one dimension does not end with its row.
+            jax.ShapeDtypeStruct((blocks, strips * ROWS), jnp.float32),
         ],
         grid=(strips, parts),  # TMA reads rows beyond the end as zeros, and does not write them
         grid_names=("strip", "part"),

@@ -2,7 +2,8 @@
 
 Tiles differ in height. Dealt in turn, neighbours that share rows or a weight tile drift apart and miss each other's reads in L2: the
 grouped matmul of V2's shape took 449-474 TFLOP/s in turn and 615 by tickets (its tiles in another order than now). One warpgroup of a
-program does nothing but take tickets from a counter in global memory and pass them to the others through a ring in shared memory.
+program takes tickets, its own number first and then from a counter in global memory, and passes them to the others through a ring in
+shared memory.
 """
 
 from collections.abc import Callable
@@ -66,8 +67,8 @@ def ring(readers: int, depth: int, attached: int = 0) -> list:
 def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | None = None, in_turn: bool = False) -> None:
     """Takes tickets and passes on those below `count`, ahead of the readers, until they are done with all of them.
 
-    The grid is "sm", SMS programs. `in_turn`: program s has the tickets s, s + SMS, ..: for tiles that take equally long. A counter would
-    have to be set to zero before every launch, which in a graph of small kernels takes longer than some of these.
+    The grid is "sm", SMS programs. `in_turn`: program s has the tickets s, s + SMS, ..: where programs have one tile each, or few that
+    take equally long. A counter would have to be set to zero before the launch, which a graph of small kernels may have to wait for.
 
     `fields = describe(ticket)` reads what the tile is from global memory: no reader should wait for that.
     `attach(fields, words, barrier)` starts one copy that comes along.
@@ -86,7 +87,7 @@ def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | No
             take_ticket(counter, tiles.at[slot, pl.ds(0, 1)], SMS)
         return pass_on(slot, tiles[slot, 0])
 
-    def pass_on(slot, ticket):
+    def pass_on(slot, ticket):  # which lies in its slot
         fields = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)))
         for place, field in enumerate(fields, 1):
             tiles[slot, place] = field

@@ -33,10 +33,12 @@ class Bfloat16(GroupedCases):
     DTYPE, BOUND, SPARE = jnp.bfloat16, 5e-3, 0  # the most rows fill the last block
     MANY = (307, 0, 1, 64, 190), (0, 0, 700, 0, 0), (0, 0, 0, 0, 0), (16, 193, 385, 100, 7)
     FEW = (3, 0, 1, 40, 16), (0, 0, 0, 0, 0), (0, 200, 0, 0, 0)
+    ONE = (3, 0, 1, 16, 16, *[0] * 11), (0, 30, *[0] * 14)  # so few that there is one consumer
     SHAPES = (
-        ((192, 128), 64, MANY),
+        ((192, 320), 64, MANY),
         ((5120, 1536), 16, FEW),
-        ((192, 128), 16, FEW),
+        ((192, 320), 16, FEW),
+        ((192, 320), 16, ONE),
         ((2048, 1408), 32, MANY),
         ((5120, 1536), 16, MANY),
     )
@@ -92,13 +94,13 @@ class TestInterpreter(Bfloat16):
 
     def test_two_products_and_transposed_weights(self):
         xs_MA = [self.poisoned(width) for width in (128, 64)]
-        ws_EBA = [self.weights(self.rng, 5, 320, width) for width in (128, 64)]
+        ws_EBA = [self.weights(self.rng, len(self.SIZE), 320, width) for width in (128, 64)]
         (out_MB,) = [grouped_matmul_hopper.matmul(xs_MA, ws_EBA, self.sizes_E, self.UNIT, transposed=True)]
         self.by_group(out_MB, lambda e, mine: sum(exact(x[mine]) @ exact(w[e]).T for x, w in zip(xs_MA, ws_EBA)))
 
     def test_swiglu(self):
         x_MD, weight_M = self.poisoned(64), self.poisoned()
-        w_gate_EDF, w_up_EDF = (self.weights(self.rng, 5, 64, 128) for _ in range(2))
+        w_gate_EDF, w_up_EDF = (self.weights(self.rng, len(self.SIZE), 64, 192) for _ in range(2))
         outs = grouped_matmul_hopper.swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, self.sizes_E, self.UNIT, save=True)
 
         def gate(e, mine):
@@ -125,6 +127,12 @@ class TestInterpreter(Bfloat16):
                 close(dw_EAB[e], exact(x_MA[mine]).T @ exact(dy_MB[mine]), self.BOUND)
 
 
+class TestInterpreterFewRows(TestInterpreter):
+    """One consumer."""
+
+    SIZE, UNIT, SPARE = (30, 0, 5, 16, 1, *[0] * 11), 16, 0
+
+
 @pytest.mark.parametrize("cut", [grouped_matmul_hopper._equal, functools.partial(grouped_matmul_fp8_hopper._whole, 12)])
 def test_blocks_of_rows_cover_each_expert_once(cut):
     rng, most, capacity = np.random.default_rng(0), 12, 60
@@ -144,7 +152,7 @@ def exact(a):
     return np.asarray(a, np.float32)
 
 
-@pytest.mark.parametrize("rows, unit", [(4096, 64), (64, 16)], ids=["training", "decode"])
+@pytest.mark.parametrize("rows, unit", [(4096, 64), (128, 16), (64, 16)], ids=["training", "decode", "few rows"])
 def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
     monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
     widths = [(2048, 1408), (2048, 1408), (1408, 2048)]

@@ -150,7 +150,7 @@ def manifest(directory, **values):
 
 
 BAD = {
-    "format": (lambda d: manifest(d, format=2), "native.json: format is 2, this program reads 1"),
+    "format": (lambda d: manifest(d, format=1), "native.json: format is 1, this program reads 2"),
     "config": (lambda d: manifest(d, config=3), "native.json: config is 3, expected an object"),
     "field": (lambda d: manifest(d, config=tiny().to_hf("float32") | {"hidden_size": -1}), "hidden_size is -1"),
     "dtypes": (lambda d: manifest(d, hf_dtypes={"x": "int8"}), "hf_dtypes holds other than"),
