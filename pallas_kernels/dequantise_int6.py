@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.dequantise import LOAD_TRANSPOSED, SEGMENT, VALUE_PLACE, f16
 from pallas_kernels.hopper import WGMMA, swizzled
 from pallas_kernels.inline import address, floats, halves, number, ptx, singles, words
-from pallas_kernels.warp_products import COLUMNS, LOAD_PLAIN, SCORES, product, query_columns
+from pallas_kernels.warp_products import COLUMNS, LOAD_PLAIN, SCORES, TOKEN_PLACE, product, query_columns
 
 TILE = 8 * 384  # bytes of eight tokens
 BOX, QUERIES_16 = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.uint32, jnp.bfloat16))
@@ -57,15 +57,6 @@ TURN = """{
 ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {x0, x1, x2, x3}, [$0];
 bar.warp.sync 0xffffffff;
 stmatrix.sync.aligned.m8n8.x4.shared.b16 [$1], {x0, x1, x2, x3};
-}"""
-# A lane's first two tokens in float16 [64 tokens, 16 groups].
-TOKEN_SPANS = """{
-.reg .b32 x, y;
-mov.u32 x, %tid.x;
-bfe.u32 y, x, 5, 2;
-mad.lo.u32 y, y, 512, $1;
-and.b32 x, x, 3;
-mad.lo.u32 $0, x, 64, y;
 }"""
 MULTIPLY = "mul.rn.f16x2 $0, $1, $2;"
 PAIR = "{.reg .b16 x, y; mov.b32 {x, y}, $2; cvt.f32.f16 $0, x; cvt.f32.f16 $1, y;}"
@@ -188,7 +179,7 @@ def key_spans(half: int, spans):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=f16(64))
     def run(_, spans):
-        (place,) = ptx(TOKEN_SPANS, 1, address(spans))
+        (place,) = ptx(TOKEN_PLACE.format(sixteen=512, two=64), 1, address(spans))
         tokens = [ptx(LOAD4.format(offset=16 * half + k), 4, place, ordered=True) for k in (0, 32, 256, 288)]
         return halves([x for words in tokens for x in words], 64)
 

@@ -73,15 +73,16 @@ cvt.rn.f16x2.f32 d, $8, $7;
 stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {a, b, c, d};
 }"""
 
-# A lane's first two of its warp's sixteen tokens in float32 [64]; its other two lie 32 bytes on.
-TOKEN_PLACE = """{
+# A lane's first two of its warp's sixteen tokens in an array by tokens, {two} and {sixteen} of which take so many bytes; its other two
+# lie eight tokens on.
+TOKEN_PLACE = """{{
 .reg .b32 x, y;
 mov.u32 x, %tid.x;
 bfe.u32 y, x, 5, 2;
-mad.lo.u32 y, y, 64, $1;
+mad.lo.u32 y, y, {sixteen}, $1;
 and.b32 x, x, 3;
-mad.lo.u32 $0, x, 8, y;
-}"""
+mad.lo.u32 $0, x, {two}, y;
+}}"""
 LOAD_TWO = "ld.shared.v2.f32 {{$0, $1}}, [$2 + {offset}];"
 
 # Of a bfloat16 [16, 512]: a thread's first 16 bytes; the next lie 2048 bytes on.
@@ -186,7 +187,7 @@ def of_tokens(x_smem):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=SCORES)
     def run(_, x):
-        (place,) = ptx(TOKEN_PLACE, 1, address(x))
+        (place,) = ptx(TOKEN_PLACE.format(sixteen=64, two=8), 1, address(x))
         pairs = [ptx(LOAD_TWO.format(offset=32 * j), 2, place, floats=True, ordered=True) for j in range(2)]
         return singles([x for pair in pairs for _ in range(2) for x in pair], COLUMNS)
 
