@@ -1,9 +1,9 @@
 """A soak of the engine: after a warm-up that has seen every shape, so many minutes of random requests: memory stays flat, nothing
 is compiled, and in the end every page is back. Part of `make campaign`.
 
-    python tests/campaign_engine.py MINUTES [PRESET]
+    python tests/campaign_engine.py MINUTES [LAYERS]
 
-PRESET: a preset of dsv2_jax/config.py with random bfloat16 weights, for a GPU; if not given, a tiny model in float32.
+LAYERS: V2-Lite with so many layers and random bfloat16 weights, for a GPU; if not given, a tiny model in float32.
 """
 
 import dataclasses
@@ -74,9 +74,9 @@ def memory() -> int:
     return stats["bytes_in_use"] if stats else int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def main(minutes: float, preset: str | None) -> None:
-    if preset:
-        cfg, dtype, pages = config.preset(preset), jnp.bfloat16, 100
+def main(minutes: float, layers: int | None) -> None:
+    if layers:
+        cfg, dtype, pages = dataclasses.replace(config.v2_lite(), num_hidden_layers=layers), jnp.bfloat16, 100
     else:
         cfg, dtype, pages = TINY, jnp.float32, 24
         engine.PREFILL, engine.EXTEND = 256, 64  # fewer programs to compile
@@ -101,4 +101,4 @@ def main(minutes: float, preset: str | None) -> None:
 
 if __name__ == "__main__":
     with jax.set_mesh(make_mesh()):
-        main(float(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+        main(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
