@@ -87,7 +87,8 @@ class DeepSeekMoE(nnx.Module):
         )
         if cfg.n_shared_experts is not None:
             with jax.named_scope("shared"):
-                y_BTD += self.shared(x_BTD)
+                # The barrier keeps the sum out of the last product, which would have to wait for the routed experts.
+                y_BTD += jax.lax.optimization_barrier(self.shared(x_BTD))
         return y_BTD, balance(routing, cfg) | {
             "experts": routing.experts_BTK,
             "load": expert_load(chosen_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),

@@ -31,9 +31,8 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing
     """
     logits_BTE = einsum_float32("btd,de->bte", x_BTD, w_router_DE)  # products of bfloat16 numbers are exact in float32
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    # Logits have the order of scores, and do not underflow; finite, all of them differ from the -inf of what is not allowed. Without
-    # the barrier each comparison may compute its own again.
-    allowed_BTE = jax.lax.optimization_barrier(jnp.nan_to_num(jax.lax.stop_gradient(logits_BTE)))
+    # Logits have the order of scores, and do not underflow; finite, all of them differ from the -inf of what is not allowed.
+    allowed_BTE = jnp.nan_to_num(jax.lax.stop_gradient(logits_BTE))
     if cfg.topk_method == "group_limited_greedy":
         grouped_BTGX = allowed_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
         groups_BTM = _largest(grouped_BTGX.max(axis=-1), cfg.topk_group)

@@ -18,12 +18,16 @@ from dsv2_jax.sampling import History, Sampled, SamplingArrays, sample
 from pallas_kernels.latent_pages import PAGE, LatentPages
 from sharding import specs
 
-DECODE_OPTIONS = {
+GEMM_OPTIONS = {
+    # Products by cuBLAS alone: V2-Lite's decode step compiles in 15 s, and with Triton's candidates timed against it in 80, to run
+    # as fast. Products of the same rows are not made one, for which the weights would be copied side by side.
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+DECODE_OPTIONS = GEMM_OPTIONS | {
     # What does not depend on each other runs at the same time, as shared experts and the choice of the routed ones: a decode step has
     # many small kernels (V2-Lite on an H200: 12% less time at 1 request, and 18% at 256 with 8-bit weights). Collectives are in no graph.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-    # All but CUBLASLT_FISSION, for which the weights of each layer would be copied out of their stack.
-    "xla_gpu_experimental_autotune_backends": "TRITON,CUBLASLT,BLOCK_LEVEL_EMITTER,NATIVE_EMITTER,LLVM_KERNEL_EMITTER",
 }
 
 
@@ -52,7 +56,7 @@ def _local(function: Callable, *args):
     return jax.shard_map(function, out_specs=specs.per_request_B)(*args)
 
 
-@functools.partial(jax.jit, donate_argnames="pages")
+@functools.partial(jax.jit, donate_argnames="pages", compiler_options=GEMM_OPTIONS)
 def prefill(model: Decoder, pages: LatentPages, batch: Batch) -> tuple[LatentPages, Last]:
     """Stores prompts or parts of them; the first new token of those that are complete is to be sampled."""
 

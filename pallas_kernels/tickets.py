@@ -132,8 +132,11 @@ def words(refs: list, slot: jax.Array):
 
 
 def new_counter():
-    """A counter of the whole grid, zero when a launch begins; every call makes another. (Tests put None here: all in turn.)"""
-    return pl.get_global(plgpu.SemaphoreType.REGULAR)
+    """A counter of the whole grid, zero when a launch begins; every call makes another. (Tests put None here: all in turn.)
+
+    One of two: XLA makes the zeros of many launches in one kernel, but single numbers by a copy for each launch.
+    """
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((2,))).at[0]
 
 
 def take_ticket(counter, slot, first: int) -> None:

@@ -174,7 +174,7 @@ def expert_order(local_NK: jax.Array, num_experts: int, unit: int, rows: int) ->
     index_P, index_E = jnp.arange(expert_P.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=jnp.int32)
     few = expert_P.size <= FEW
     if few:
-        sizes_E = (expert_P[:, None] == index_E).sum(axis=0, dtype=jnp.int32)
+        sizes_E = (index_E[:, None] == expert_P).sum(axis=1, dtype=jnp.int32)
         before_P = ((expert_P[:, None] == expert_P) & (index_P < index_P[:, None])).sum(axis=1, dtype=jnp.int32)
     else:
         sizes_E = jnp.zeros(num_experts + 1, jnp.int32).at[expert_P].add(1)[:-1]
