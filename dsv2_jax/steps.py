@@ -18,13 +18,15 @@ from dsv2_jax.sampling import History, Sampled, SamplingArrays, sample
 from pallas_kernels.latent_pages import PAGE, LatentPages
 from sharding import specs
 
-GEMM_OPTIONS = {
+OPTIONS = {
     # Products by cuBLAS alone: V2-Lite's decode step compiles in 15 s, and with Triton's candidates timed against it in 80, to run
     # as fast. Products of the same rows are not made one, for which the weights would be copied side by side.
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_dot_merger_threshold_mb": 0,
+    # Weights and pages that fill the memory make the compiler compute things twice, for room that no step of inference needs.
+    "xla_disable_hlo_passes": "rematerialization",
 }
-DECODE_OPTIONS = GEMM_OPTIONS | {
+DECODE_OPTIONS = OPTIONS | {
     # What does not depend on each other runs at the same time, as shared experts and the choice of the routed ones: a decode step has
     # many small kernels (V2-Lite on an H200: 12% less time at 1 request, and 18% at 256 with 8-bit weights). Collectives are in no graph.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
@@ -56,7 +58,7 @@ def _local(function: Callable, *args):
     return jax.shard_map(function, out_specs=specs.per_request_B)(*args)
 
 
-@functools.partial(jax.jit, donate_argnames="pages", compiler_options=GEMM_OPTIONS)
+@functools.partial(jax.jit, donate_argnames="pages", compiler_options=OPTIONS)
 def prefill(model: Decoder, pages: LatentPages, batch: Batch) -> tuple[LatentPages, Last]:
     """Stores prompts or parts of them; the first new token of those that are complete is to be sampled."""
 
