@@ -23,11 +23,6 @@ def address(ref):
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
 
 
-def number(x: float):
-    """A float32."""
-    return utils.c(x, ir.F32Type.get())
-
-
 def words(array) -> list:
     """The registers of an array of float16 in layout WGMMA."""
     return [utils.bitcast(x, ir.IntegerType.get_signless(32)) for x in array.registers.flat]

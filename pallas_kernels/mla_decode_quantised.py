@@ -2,22 +2,13 @@
 
 The sixteen rows of a product by a single warp (mma.sync) are sixteen query rows, where a wgmma would pad them to 64. Its right operand
 is in registers, where codes become float16: twice, as keys and, transposed, as values, so that nothing dequantised goes back to
-shared memory. Of a page's 64 tokens each of a warpgroup's four warps scores sixteen; they exchange probabilities, and each adds up
-the outputs of its own 128 latents. A page is a long chain of loads, conversions, products and softmax, so three compute warpgroups
-work on their own, each on every third page with its own softmax. They meet at the end of a piece.
-
-The exponents' reference of a row is not its largest score so far but one set earlier, with room above: so warps need not agree on
-a maximum before they exponentiate, one barrier a page both tells that all probabilities are there and whether a score has outgrown
-its reference, and only then, or where tokens must be masked, are references renewed and outputs rescaled.
+shared memory. Of a page's 64 tokens each of a warpgroup's four warps scores sixteen; they exchange maxima and probabilities, and
+each adds up the outputs of its own 128 latents. A page is a long chain of loads, conversions, products and softmax, so three
+compute warpgroups work on their own, each on every third page with its own softmax. They meet at the end of a piece.
 
 e4m3 is converted as it is, its scale of a token multiplies the scores, and the probabilities by adding its logarithm to the exponent.
-Six-bit codes: see `dequantise_int6`. Probabilities times spans are float16, so an int6 latent must stay below 1980 (512 that are
-normalised and rotated stay below 128).
-
-One H200, 16 heads, 256 requests of 4096 tokens, and times as fast as bfloat16 pages in the same run: fp8 187 us (3.61 TB/s), 1.62; int6
-208 us (2.74 TB/s), 1.44. From one page, which is always in the L2 cache, 154 and 198 us: int6 is bound by what a page takes to
-unpack. With 31 of a page's 82 loads of matrices left out that is 181 us, with half its products 194; two warpgroups with more
-registers 215. Bringing pages into the L2 cache ahead of their loads took an earlier version from 201 us to 250 (fp8).
+Six-bit codes are placed below the exponent of 1.0 (see latent_pages). Bringing pages into the L2 cache ahead of their loads costs
+time: 250 us instead of 201 for 256 requests of 4096 fp8 tokens, 16 heads, in an earlier version on an H200.
 
 Letters: B requests, M rows (heads of query tokens) of a request, C latent dim, R rope dim, T query tokens, P pages, S slots.
 """
@@ -30,12 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dequantise, dequantise_int6, warp_products
+from pallas_kernels import dequantise, warp_products
 from pallas_kernels.decode_schedule import BLOCK, ROWS, Schedule, merge, pieces
 from pallas_kernels.hopper import PARAMS, ROW, WGMMA, registers, spread, swizzled, vary_like
-from pallas_kernels.latent_pages import GROUP
 from pallas_kernels.warp_products import COLUMNS
-from pallas_kernels.warpgroup import put, sync, sync_any_above, take, warps_max, warps_sum
+from pallas_kernels.warpgroup import put, sync, take, warps_max, warps_sum
 
 LOG2E = 1.4426950408889634
 LATENT, ROPE = 512, 64
@@ -44,8 +34,7 @@ DIMS = 64  # latents that a warpgroup's four warps add to the outputs at once
 BLOCKS = LATENT // DIMS
 HALF = BLOCK // 2  # tokens of a box of codes
 SLOTS = {"fp8": 3, "int6": 4}  # boxes for each warpgroup: 48 KB
-LOWEST = -1e30  # reference of a row that has seen nothing: finite, so that differences are numbers
-ROOM = 4.0  # probabilities are at most 2^ROOM; a new reference lies as far above the largest score, in powers of two
+LOWEST = -1e30  # running maximum of a row that has seen nothing: finite, so that differences are numbers
 F16 = jnp.float16
 
 
@@ -62,19 +51,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
     def body(q_gmem, q_rope_gmem, positions_gmem, codes_gmem, k_rope_gmem, scale_gmem, table_gmem, *refs):
         schedule_gmem, (o_gmem, partial_gmem, lse_gmem), smem = Schedule(*refs[:6]), refs[6:9], refs[9:]
-        (
-            q_smem,
-            q_rope_smem,
-            codes_smem,
-            k_rope_smem,
-            scale_smem,
-            p_smem,
-            scratch_smem,
-            stats_smem,
-            unsigned_smem,
-            union,
-            *barriers,
-        ) = smem
+        q_smem, q_rope_smem, codes_smem, k_rope_smem, scale_smem, p_smem, scratch_smem, stats_smem, union, *barriers = smem
         words_smem, o_smem = union
         q_full, q_ready, q_free, scale_full, scale_free, codes_full, codes_free, rope_full, rope_free, *merging = barriers
         stats_ready, part_ready, turn, merged = merging
@@ -166,10 +143,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
             @pl.when(own == 1)  # not 0, which may still write the piece before
             def _():
-                if int6:
-                    dequantise_int6.queries(q_smem.at[0], unsigned_smem)
-                else:
-                    warp_products.to_float16(q_smem.at[0])
+                warp_products.to_float16(q_smem.at[0])
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(q_ready)
 
@@ -177,50 +151,38 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             pl.when(count == 0)(lambda: plgpu.barrier_arrive(q_free))
 
             def score(n, place, zero, here):
-                """The scores that the page's latents give, and those of its rope keys."""
-                nothing = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
-                scores = rope_scores = nothing
+                """The scores that the page's latents give, in two sums, and those of its rope keys."""
+                sums = [plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)] * 3
                 for k in range(2):
                     plgpu.barrier_wait(codes_full.at[slot_of(here, n, k)])
                 codes = [codes_smem.at[slot_of(here, n, k)] for k in range(2)]
                 if int6:
                     plgpu.barrier_wait(scale_full.at[place])
-                    spans_smem = scale_smem.at[place]
-                    for pair in range(BLOCKS // 2):
-                        if pair % 2 == 0:
-                            spans = dequantise_int6.key_spans(pair // 2, spans_smem)
-                        for k, keys in enumerate(dequantise_int6.keys(pair, codes)):
-                            scores = dequantise_int6.add_scores(scores, keys, spans, 2 * pair + k, q_smem.at[zero])
-                    rope_scores = dequantise_int6.add_unsigned(rope_scores, spans_smem, unsigned_smem)
-                    dequantise_int6.turn_spans(spans_smem)
-                else:
-                    sums = [nothing] * 2  # so that products need not wait for the last
-                    for block in range(BLOCKS):
+                for block in range(BLOCKS):
+                    if not int6:
                         keys = dequantise.fp8_keys(block, codes)
-                        sums[block % 2] = warp_products.add_scores(sums[block % 2], keys, block, q_smem.at[zero])
-                    scores = sums[0] + sums[1]
+                    else:
+                        if block % 4 == 0:
+                            words = dequantise.int6_words(block // 4, scale_smem.at[place], codes)
+                        keys = dequantise.int6_keys(block % 4, *words)
+                    sums[block % 2] = warp_products.add_scores(sums[block % 2], keys, block, q_smem.at[zero])
                 plgpu.barrier_wait(rope_full.at[here])
-                return scores, warp_products.add_rope_scores(rope_scores, k_rope_smem.at[here], q_rope_smem.at[zero])
+                return sums[0] + sums[1], warp_products.add_rope_scores(sums[2], k_rope_smem.at[here], q_rope_smem.at[zero])
 
-            def add_values(n, place, acc, p, here):
+            def add_values(n, place, acc, here):
                 """Adds the page's values; frees a box of codes when they are in registers."""
-                acc = list(acc)
+                acc, p = list(acc), warp_products.load_probabilities(p_smem.at[here])
                 for k in range(2):
                     codes = codes_smem.at[slot_of(here, n, k)]
                     if int6:
-                        spans_smem = scale_smem.at[place]
-                        acc[BLOCKS] = dequantise_int6.add_sums(acc[BLOCKS], p, k, spans_smem)
-                        values = (x for q in range(2) for x in dequantise_int6.values(q, codes))
-                        for block, x in enumerate(values):
-                            if block % 2 == 0:
-                                weighted = dequantise_int6.weighted(p, k, block // 2, spans_smem)
-                            acc[block] = warp_products.add_values(acc[block], weighted, x)
+                        spans = dequantise.int6_spans(k, scale_smem.at[place])
+                        values = (x for q in range(2) for x in dequantise.int6_values(q, spans, codes))
                     else:
-                        for block in range(BLOCKS):
-                            acc[block] = warp_products.add_values(acc[block], p, dequantise.fp8_values(block, codes), 2 * k)
+                        values = (dequantise.fp8_values(block, codes) for block in range(BLOCKS))
+                    for block, x in enumerate(values):
+                        acc[block] = warp_products.add_values(acc[block], p, x, 2 * k)
                     plgpu.barrier_arrive(codes_free.at[slot_of(here, n, k)])
                 if int6:
-                    dequantise_int6.written()  # by `turn_spans`
                     plgpu.barrier_arrive(scale_free.at[place])
                 return acc
 
@@ -235,42 +197,30 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 zero, here = addresses()
                 place = here * 2 + lax.rem(n, jnp.int32(2))
                 scores, rope_scores = score(n, place, zero, here)
+                plgpu.barrier_arrive(rope_free.at[here])
                 pl.when(i == count - 1)(lambda: plgpu.barrier_arrive(q_free))
                 if int6:
-                    scores = scores * (unit * dequantise_int6.SCORE_UNIT) + rope_scores * unit
+                    scores = (scores + rope_scores) * unit
                 else:
                     plgpu.barrier_wait(scale_full.at[place])
                     token_scale = jnp.maximum(warp_products.of_tokens(scale_smem.at[place]), 1e-30)
                     scores = scores * (token_scale * unit) + (rope_scores * unit + jnp.log2(token_scale))
-                excess = scores - spread(m, scores.shape)
-                p = jnp.exp2(excess)
+                scores = lax.cond(block >= opened, lambda s: masked(s, block), lambda s: s, scores)
+                highest = warps_max(jnp.maximum(m, scores.max(axis=1)), scratch_smem.at[here])
+                p = jnp.exp2(scores - spread(highest, scores.shape))
                 warp_products.store_probabilities(p, p_smem.at[here])
-
-                def refer_anew(acc, m, total, p):
-                    valid = masked(scores, block)
-                    higher = jnp.maximum(m, warps_max(valid.max(axis=1), scratch_smem.at[here]) + ROOM)
-                    p = jnp.exp2(valid - spread(higher, scores.shape))
-                    warp_products.store_probabilities(p, p_smem.at[here])
-                    decay = jnp.exp2(m - higher)
-                    sync()  # all probabilities are there
-                    return [x * spread(decay, x.shape) for x in acc], higher, total * spread(decay, total.shape), p
-
-                acc, m, total, p = lax.cond(
-                    sync_any_above(excess, ROOM) | (block >= opened), refer_anew, lambda *unchanged: unchanged, acc, m, total, p
-                )
-                total = total + (p if int6 else p / token_scale)
+                decay = jnp.exp2(m - highest)
+                total = total * spread(decay, p.shape) + (p if int6 else p / token_scale)
                 if not int6:
                     plgpu.barrier_arrive(scale_free.at[place])
-                p = warp_products.load_probabilities(p_smem.at[here])
-                plgpu.barrier_arrive(rope_free.at[here])  # so that no warp meets in the next page those that still read here
-                return add_values(n, place, acc, p, here), m, total
+                acc = [x * spread(decay, x.shape) for x in acc]
+                sync()  # all probabilities are there
+                return add_values(n, place, acc, here), highest, total
 
             acc = [plgpu.layout_cast(jnp.zeros((DIMS, COLUMNS), jnp.float32), WGMMA)] * BLOCKS
             m = plgpu.layout_cast(jnp.full((BLOCK,), LOWEST, jnp.float32), ROW)
             total = plgpu.layout_cast(jnp.zeros((BLOCK, COLUMNS), jnp.float32), WGMMA)
-            acc = [*acc, plgpu.layout_cast(jnp.zeros((BLOCK, 8), jnp.float32), WGMMA)] if int6 else acc
             acc, m, total = lax.fori_loop(0, count, page, (acc, m, total))
-            acc = [dequantise_int6.outputs(c, x, acc[BLOCKS]) for c, x in enumerate(acc[:BLOCKS])] if int6 else acc
 
             total = warps_sum(total.sum(axis=1), scratch_smem.at[own])
             sync()  # all warps have read the scratch memory
@@ -401,7 +351,6 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             plgpu.SMEM((WARPGROUPS, COLUMNS, BLOCK), F16, transforms=swizzled(F16)),  # probabilities
             plgpu.SMEM((WARPGROUPS, 4 * COLUMNS), jnp.float32),  # reductions across warps
             plgpu.SMEM((WARPGROUPS, 2, BLOCK), jnp.float32),  # maxima and sums
-            plgpu.SMEM((2, COLUMNS, LATENT // GROUP), F16),  # sums of queries, see `dequantise_int6.queries`
             plgpu.RefUnion(
                 plgpu.SMEM((LATENT * COLUMNS // 2,), jnp.uint32),  # another warpgroup's results, float16
                 plgpu.SMEM((COLUMNS, LATENT), dtype, transforms=swizzled(dtype)),

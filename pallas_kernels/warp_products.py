@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import WGMMA, swizzled
-from pallas_kernels.inline import address, floats, halves, number, ptx, singles, words
+from pallas_kernels.inline import address, floats, halves, ptx, singles, words
 
 COLUMNS = 16
 HALF_FLOAT, BFLOAT = (plgpu.RefType(swizzled(dtype)) for dtype in (jnp.float16, jnp.bfloat16))
@@ -73,16 +73,15 @@ cvt.rn.f16x2.f32 d, $8, $7;
 stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {a, b, c, d};
 }"""
 
-# A lane's first two of its warp's sixteen tokens in an array by tokens, {two} and {sixteen} of which take so many bytes; its other two
-# lie eight tokens on.
-TOKEN_PLACE = """{{
+# A lane's first two of its warp's sixteen tokens in float32 [64]; its other two lie 32 bytes on.
+TOKEN_PLACE = """{
 .reg .b32 x, y;
 mov.u32 x, %tid.x;
 bfe.u32 y, x, 5, 2;
-mad.lo.u32 y, y, {sixteen}, $1;
+mad.lo.u32 y, y, 64, $1;
 and.b32 x, x, 3;
-mad.lo.u32 $0, x, {two}, y;
-}}"""
+mad.lo.u32 $0, x, 8, y;
+}"""
 LOAD_TWO = "ld.shared.v2.f32 {{$0, $1}}, [$2 + {offset}];"
 
 # Of a bfloat16 [16, 512]: a thread's first 16 bytes; the next lie 2048 bytes on.
@@ -118,9 +117,11 @@ def add_scores(scores, keys, block: int, q_smem):
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, BFLOAT), return_type=SCORES)
     def run(_, scores, keys, q):
+        (place,) = ptx(LEFT_PLACE.format(rows=8192), 1, address(q))
         out, right = floats(scores), words(keys)
         for step in range(4):
-            out = product(out, query_columns(block, step, q), right[4 * step : 4 * step + 4])
+            left = ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * block), 4, place, ordered=True)
+            out = _step(out, left, right[4 * step : 4 * step + 4])
         return singles(out, COLUMNS)
 
     return run(scores, keys, q_smem)
@@ -138,7 +139,7 @@ def add_rope_scores(scores, k_smem, q_smem):
             tokens = [ptx(LOAD_PLAIN.format(swap=64 * pair, offset=1024 * j), 4, right_place, ordered=True) for j in range(2)]
             for half in range(2):
                 left = ptx(LOAD_PLAIN.format(swap=64 * pair + 32 * half, offset=0), 4, left_place, ordered=True)
-                out = product(out, left, [tokens[j][2 * half + k] for k in range(2) for j in range(2)], "bf16")
+                out = _step(out, left, [tokens[j][2 * half + k] for k in range(2) for j in range(2)], "bf16")
         return singles(out, COLUMNS)
 
     return run(scores, k_smem, q_smem)
@@ -176,7 +177,7 @@ def add_values(out, p, values, first: int = 0):
     def run(_, out, p, values):
         sums, left, right = floats(out), words(p), words(values)
         for step in range(len(right) // 4):
-            sums = product(sums, left[4 * (first + step) :][:4], right[4 * step :][:4])
+            sums = _step(sums, left[4 * (first + step) :][:4], right[4 * step :][:4])
         return singles(sums, COLUMNS)
 
     return run(out, p, values)
@@ -187,28 +188,14 @@ def of_tokens(x_smem):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=SCORES)
     def run(_, x):
-        (place,) = ptx(TOKEN_PLACE.format(sixteen=64, two=8), 1, address(x))
+        (place,) = ptx(TOKEN_PLACE, 1, address(x))
         pairs = [ptx(LOAD_TWO.format(offset=32 * j), 2, place, floats=True, ordered=True) for j in range(2)]
         return singles([x for pair in pairs for _ in range(2) for x in pair], COLUMNS)
 
     return run(x_smem)
 
 
-def query_columns(block: int, step: int, q):
-    """Inside a kernel's PTX: a lane's part of columns 64 block + 16 step .. + 15 of what `to_float16` has left."""
-    (place,) = ptx(LEFT_PLACE.format(rows=8192), 1, address(q))
-    return ptx(LOAD_PLAIN.format(swap=32 * step, offset=1024 * block), 4, place, ordered=True)
-
-
-def product(out: list | None, left, right, dtype: str = "f16") -> list:
-    """Sixteen steps of the inner dimension, added to a thread's part of a [64, 8 N] or, for None, to nothing.
-
-    right holds N words for each of rows 0 .. 7 and then for each of rows 8 .. 15.
-    """
-    n = len(right) // 2
-    out = [number(0)] * 4 * n if out is None else out
-    return [
-        x
-        for j in range(n)
-        for x in ptx(MMA.format(dtype), 4, *left, *right[j::n], *out[4 * j :][:4], floats=True, convergent=True)
-    ]
+def _step(out: list, left, right, dtype: str = "f16") -> list:
+    """Sixteen steps of the inner dimension, to a thread's part of a [64, 16]: right holds rows 0 .. 7's two words, then 8 .. 15's."""
+    columns = [ptx(MMA.format(dtype), 4, *left, *right[j::2], *out[4 * j :][:4], floats=True, convergent=True) for j in range(2)]
+    return [*columns[0], *columns[1]]

@@ -4,13 +4,12 @@ jnp's reductions across warps would share their scratch memory with the other wa
 """
 
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.hopper import ROW, WGMMA
-from pallas_kernels.inline import address, floats, like, number, ptx, singles
+from pallas_kernels.inline import address, floats, like, ptx, singles
 
 # Where lane (g, t) of a warp leaves its value of row g, in [16 rows, 4 warps] of float32; row g + 8 lies 128 bytes on.
 MEETING_PLACE = """{
@@ -27,12 +26,7 @@ mad.lo.u32 y, y, 4, $0;
 st.shared.f32 [y + {offset}], $1;
 }}"""
 MEET = "ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
-SYNC_OR = """{
-.reg .pred x;
-setp.gt.f32 x, $1, $2;
-bar.red.or.pred x, $3, 128, x;
-selp.b32 $0, 1, 0, x;
-}"""
+
 
 # A thread's own word of every 128.
 OWN = "{.reg .b32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; mad.lo.u32 $0, x, 4, $1;}"
@@ -73,20 +67,6 @@ def _across(op, x, scratch_smem):
         return like(x, results)
 
     return run(x, scratch_smem)
-
-
-def sync_any_above(x, limit: float):
-    """`sync`; whether any element of a float32 [64, 16] in layout WGMMA is above the limit."""
-
-    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROW))
-    def run(_, x):
-        first, *others = floats(x)
-        for y in others:
-            first = arith.maximumf(first, y)
-        (found,) = ptx(SYNC_OR, 1, first, number(limit), utils.warpgroup_barrier_idx(sync=False), ordered=True)
-        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
-
-    return run(x) != 0
 
 
 def put(block: int, x, words_smem):
