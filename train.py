@@ -243,7 +243,7 @@ class Reporter:
         tokens = [count * config.seq_len for count in sequences]
         with_load = step % config.load_every == 0 or last
         record = {"step": step, "tokens": tokens[1]} | metrics.of_step(jax.device_get(values), with_load)
-        record |= metrics.speed(self.run.model, config.seq_len, tokens[1] - tokens[0], (now - self.began) / (step - self.logged))
+        record |= metrics.speed(self.run.model, config.seq_len, step - self.logged, tokens[1] - tokens[0], now - self.began)
         if evaluate:
             record["loss/eval"] = evaluate()
         self.logged, self.began = step, time.perf_counter()

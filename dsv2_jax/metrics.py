@@ -114,13 +114,13 @@ class Spikes:
         return {}
 
 
-def speed(model: ModelConfig, seq_len: int, tokens: int, seconds: float) -> Record:
-    """Throughput of all devices. MFU is null where the devices' peak is not known."""
+def speed(model: ModelConfig, seq_len: int, steps: int, tokens: int, seconds: float) -> Record:
+    """Throughput of all devices over some steps. MFU is null where the devices' peak is not known."""
     tokens_per_s = tokens / seconds
     kind = jax.devices()[0].device_kind
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
     mfu = peak and tokens_per_s * model.flops_per_token(seq_len) / (peak * jax.sharding.get_mesh().size)
-    return {"perf/tokens_per_s": tokens_per_s, "perf/mfu": mfu, "perf/step_ms": seconds * 1e3}
+    return {"perf/tokens_per_s": tokens_per_s, "perf/mfu": mfu, "perf/step_ms": seconds / steps * 1e3}
 
 
 @contextlib.contextmanager

@@ -58,10 +58,10 @@ def test_a_bad_line_is_told_with_its_number(tmp_path, line):
 
 
 def test_speed_is_per_step_and_mfu_by_the_convention(monkeypatch):
-    record = metrics.speed(v2_lite(), 4096, tokens=16384, seconds=0.5)
+    record = metrics.speed(v2_lite(), 4096, steps=2, tokens=32768, seconds=1.0)
     assert record == {"perf/tokens_per_s": 32768.0, "perf/mfu": None, "perf/step_ms": 500.0}  # a CPU has no known peak
     monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", 989e12)
-    record = metrics.speed(v2_lite(), 4096, tokens=16384, seconds=0.5)
+    record = metrics.speed(v2_lite(), 4096, steps=1, tokens=16384, seconds=0.5)
     causal_half = 27 * 16 * (192 + 128) * 4096  # 2 FLOP a multiply-add, half of the pairs
     assert record["perf/mfu"] == pytest.approx(32768 * (6 * 2_451_435_008 + 3 * causal_half) / 989e12)
 

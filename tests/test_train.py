@@ -226,21 +226,28 @@ def test_a_directory_of_something_else_is_not_touched(scratch):
 
 
 def test_exported_and_continued(scratch, whole):
-    """An export is complete, and a new run can start from it: same parameters and tokenizer, another learning rate."""
+    """An export is complete, and a new run can start from it: same parameters and tokenizer, another learning rate.
+
+    A record that stands for several steps has the speed of all of them.
+    """
     convert(str(whole), str(scratch / "hf"), "hf")
     assert (scratch / "hf" / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
     flags = [
         f"--workdir={scratch}/tuned",
         f"--data={scratch}/text.txt",
         f"--init_from={scratch}/hf",
-        "--steps=1",
+        "--steps=3",
         "--preset=tiny",
     ]
-    sets = ["--set=seq_len=32", "--set=learning_rate=1e-9", "--set=weight_decay=0"]
+    sets = ["--set=seq_len=32", "--set=learning_rate=1e-9", "--set=weight_decay=0", "--set=log_every=2"]
     subprocess.run([sys.executable, "train.py", *flags, *sets], cwd=ROOT, check=True, capture_output=True)
     before, after = open_checkpoint(scratch / "hf"), open_checkpoint(scratch / "tuned")
     assert after.config == before.config
     for path in before.shapes:
         np.testing.assert_allclose(after.read(path), before.read(path), atol=1e-8)
-    first, last = read(scratch / "tuned" / "metrics.jsonl")[0], read(whole / "metrics.jsonl")[0]
+    records = read(scratch / "tuned" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [2, 3]
+    for record in records:
+        assert record["perf/tokens_per_s"] * record["perf/step_ms"] / 1e3 == pytest.approx(16 * 32)
+    first, last = records[0], read(whole / "metrics.jsonl")[0]
     assert first["loss/lm"] < last["loss/lm"] - 0.05
