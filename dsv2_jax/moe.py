@@ -87,8 +87,13 @@ class DeepSeekMoE(nnx.Module):
         )
         if cfg.n_shared_experts is not None:
             with jax.named_scope("shared"):
-                # The barrier keeps the sum out of the last product, which would have to wait for the routed experts.
-                y_BTD += jax.lax.optimization_barrier(self.shared(x_BTD))
+                if ctx.slots_BT is None:
+                    y_BTD += self.shared(x_BTD)
+                else:
+                    # A decode step waits for one small kernel after another: the router's product comes first, and the last one here
+                    # does not take the sum into itself, for which it would wait for the routed experts.
+                    after_BTD, _ = jax.lax.optimization_barrier((x_BTD, routing.scores_BTE))
+                    y_BTD += jax.lax.optimization_barrier(self.shared(after_BTD))
         return y_BTD, balance(routing, cfg) | {
             "experts": routing.experts_BTK,
             "load": expert_load(chosen_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),

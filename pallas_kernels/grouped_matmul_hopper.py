@@ -7,7 +7,7 @@ come `LAG` steps later, so that one consumer stores its result while the other k
 rows at all, there is but one.) Another warpgroup loads, and another takes tickets.
 
 One H200, rate over that of one dense cuBLAS matmul of the same FLOPs in the same run: V2-Lite, 98304 rows, row_unit 32: forward 0.924
-(668 TFLOP/s), gate and up with SwiGLU 0.895, input gradient 0.939; V2, 49152 rows, row_unit 16: 0.930 (592), 0.887, 0.895. V2 decode,
+(668 TFLOP/s), gate and up with SwiGLU 0.905, input gradient 0.939; V2, 49152 rows, row_unit 16: 0.930 (592), 0.896, 0.895. V2 decode,
 1536 rows: 1162 us, where the weights' bytes take 1171 at the rate of a copy. In an earlier run, beside 0.929 for V2-Lite's forward
 and 0.944 for V2's: row_unit 16 for V2-Lite 0.925; LAG 0 with 3 x stages and 3 out_slots 0.916 and 0.938; tiles of 160 rows with 3
 out_slots 0.925 for V2-Lite. One token's six experts of V2-Lite, both products: 34 us, with two consumers 42.

@@ -3,8 +3,9 @@
 Sixteen rows would be padded to the 64 that a wgmma takes on its left. So the products are transposed, S^T = K Q^T and
 O^T = V^T P^T, with tokens and latents on the left and the rows as the columns. Each of two warpgroups computes all the scores and
 one half of the outputs' latents: the tensor cores have time for that, and the warpgroups need nothing of each other. What shared
-memory queries do not take holds blocks on their way. Measured beside FlashMLA on an H200 (16 heads; medians of 5 pairs): 0.99 at
-128 requests of 4096 tokens (3.8 TB/s), 1.05 at 256 (4.0 TB/s), 1.11 at 128 of mixed length.
+memory queries do not take holds blocks on their way. Measured beside FlashMLA on an H200 (16 heads): 1.01 at 128 requests
+of 4096 tokens (3.9 TB/s), 1.06 at 256 (4.1 TB/s), 1.09 at 128 of mixed length. Asking for a page's rope keys ahead (an L2 prefetch, or
+only its page number) took 1 to 4% more time, one wait for all parts that are added, as much.
 """
 
 import dataclasses
