@@ -44,7 +44,7 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def decode_rows(answers: int, max_batch: int) -> int:
-    """The rows of a decode step: of few sizes, since each is a program that takes up to a minute to compile.
+    """The rows of a decode step: of few sizes, since each is a program that takes a quarter of a minute to compile, or half.
 
     They are `max_batch` and a quarter, a sixteenth, .. of it, all rounded up to a multiple of LEAST.
     """
