@@ -94,7 +94,7 @@ def decode(
     return pages, Last(hidden_B1D[:, 0], positions_B + 1, seat_B), used_L
 
 
-@functools.partial(jax.jit, donate_argnames=("tokens_S", "history"), static_argnames="top")
+@functools.partial(jax.jit, donate_argnames=("tokens_S", "history"), static_argnames="top", compiler_options=OPTIONS)
 def next_tokens(
     w_head_DV: jax.Array, tokens_S: jax.Array, history: History | None, last: Last, how: SamplingArrays | None, top: int
 ) -> tuple[jax.Array, History | None, Sampled]:
