@@ -90,8 +90,8 @@ class DeepSeekMoE(nnx.Module):
                 if ctx.slots_BT is None:
                     y_BTD += self.shared(x_BTD)
                 else:
-                    # A decode step waits for one small kernel after another: the router's product comes first, and the last one here
-                    # does not take the sum into itself, for which it would wait for the routed experts.
+                    # Inference. A decode step waits for one small kernel after another: the router's product comes first, and the
+                    # last one here does not take the sum into itself, for which it would wait for the routed experts.
                     after_BTD, _ = jax.lax.optimization_barrier((x_BTD, routing.scores_BTE))
                     y_BTD += jax.lax.optimization_barrier(self.shared(after_BTD))
         return y_BTD, balance(routing, cfg) | {

@@ -19,8 +19,8 @@ from pallas_kernels.latent_pages import PAGE, LatentPages
 from sharding import specs
 
 OPTIONS = {
-    # Products by cuBLAS alone: V2-Lite's decode step compiles in 15 s, and with Triton's candidates timed against it in 80, to run
-    # as fast. Products of the same rows are not made one, for which the weights would be copied side by side.
+    # Products by cuBLAS alone: V2-Lite's decode step compiles in 12 to 15 s, and with Triton's candidates timed against it in 80, to
+    # run as fast. Products of the same rows are not made one, for which the weights would be copied side by side.
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_dot_merger_threshold_mb": 0,
     # Weights and pages that fill the memory make the compiler compute things twice, for room that no step of inference needs.

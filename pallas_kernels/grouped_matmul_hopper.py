@@ -6,7 +6,8 @@ for each of two consumers, which share the rows in shared memory and have a ring
 come `LAG` steps later, so that one consumer stores its result while the other keeps the tensor cores busy. (Where few experts have
 rows at all, there is but one.) Another warpgroup loads, and another takes tickets.
 
-One H200, rate over that of one dense cuBLAS matmul of the same FLOPs in the same run: V2-Lite, 98304 rows, row_unit 32: forward 0.924
+One H200, rate over that of one dense cuBLAS matmul of the same FLOPs in the same run (SwiGLU's of a later run than the others, after its
+division had become a reciprocal root, 1.5% of V2's time): V2-Lite, 98304 rows, row_unit 32: forward 0.924
 (668 TFLOP/s), gate and up with SwiGLU 0.905, input gradient 0.939; V2, 49152 rows, row_unit 16: 0.930 (592), 0.896, 0.895. V2 decode,
 1536 rows: 1162 us, where the weights' bytes take 1171 at the rate of a copy. In an earlier run, beside 0.929 for V2-Lite's forward
 and 0.944 for V2's: row_unit 16 for V2-Lite 0.925; LAG 0 with 3 x stages and 3 out_slots 0.916 and 0.938; tiles of 160 rows with 3
@@ -235,7 +236,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                                     gate, up = values[0], product[64:, top : top + block]
                                     weight = plgpu.load(tickets.words(ring, ring_slot).at[pl.ds(top, block)], layout=COL)
                                     weight = lax.bitcast_convert_type(weight, jnp.float32)
-                                    root = lax.rsqrt(1.0 + jnp.exp(-gate))  # of the sigmoid: a division takes ten times as long
+                                    root = lax.rsqrt(1.0 + jnp.exp(-gate))  # of the sigmoid: a division is many instructions
                                     hidden = gate * (root * root) * up * spread(weight, (64, block), 1)
                                     values = [hidden, gate, up][:outs]
                                 for value, out_gmem in zip(values, out_gmems):

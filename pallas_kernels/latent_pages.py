@@ -8,7 +8,8 @@ int6    6-bit codes of groups of 32: 384 + 32 B              bfloat16   544     
 
 int6: latent = span * (code - 32) / 64 with codes 1..63 (63 levels, symmetric) and one float16 span a group, which has 9
 significant bits so that 1.5 * span is exact: a kernel puts the code's bits under the exponent of 1.0, which reads as
-1 + code / 64, and one multiply-add in float16 gives the latent. A channel larger than its neighbours costs them their precision,
+1 + code / 64, and one multiply-add in float16 gives the latent (for latents up to 21,000; normalised ones are below 23 times their
+gain). A channel larger than its neighbours costs them their precision,
 so latents should come in a basis where none is: each group turned by the orthogonal H32 / sqrt(32), see `rotate`. Whoever makes
 latents and queries can have that for nothing, in the weights; here it is not done.
 

@@ -41,7 +41,10 @@ def pieces_of(schedule, worker):
         yield request, begin, end, part, cuts_B[request]
 
 
-@pytest.mark.parametrize("batch, heads, most", [(128, 128, 4096), (1, 16, 160000), (1, 128, 90), (7, 700, 3000), (300, 16, 2000)])
+@pytest.mark.parametrize(
+    "batch, heads, most",
+    [(128, 128, 4096), (1, 16, 160000), (1, 128, 90), (7, 700, 3000), (300, 16, 2000), (128, 16, 4096), (256, 16, 700)],
+)
 def test_schedule_covers_all_blocks_evenly_in_order(batch, heads, most):
     rng = np.random.default_rng(batch)
     for positions_BT in (rng.integers(-1, most, (batch, 2)), np.full((batch, 1), most - 1), np.full((batch, 1), -1)):
@@ -57,6 +60,8 @@ def test_schedule_covers_all_blocks_evenly_in_order(batch, heads, most):
             assert [p[0] - mine[0][0] for p in mine] == list(range(len(mine)))  # part p of a request is its first worker's + p
         loads = np.bincount([p[0] for p in pieces], [p[3] - p[2] + OVERHEAD for p in pieces], minlength=workers)
         assert loads.max() <= (blocks + OVERHEAD).sum() / workers + 1.5 * OVERHEAD + 1
+        if heads == 16 and batch % 128 == 0 and len(set(blocks)) == 1:  # as many requests for each of 128 workers
+            assert not np.asarray(schedule.cuts_B).any() and sum(loads > 0) == 128
 
 
 @pytest.mark.parametrize("cuts", [0, 1, 7, 8, 63, 64, 65, 131])
