@@ -79,7 +79,7 @@ def main(minutes: float, layers: int | None) -> None:
         cfg, dtype, pages = dataclasses.replace(config.v2_lite(), num_hidden_layers=layers), jnp.bfloat16, 100
     else:
         cfg, dtype, pages = TINY, jnp.float32, 24
-        engine.PREFILL, engine.EXTEND = 256, 64  # fewer programs to compile
+    engine.PREFILL, engine.EXTEND = 256, 64  # fewer programs to compile
     one = Engine(model.init(cfg, 0, dtype), cache_tokens=pages * 64, max_batch=16)
     every_shape(one)
     traffic = Traffic(one)
