@@ -29,10 +29,10 @@ from dsv2_jax.cache import FORMATS
 from dsv2_jax.completion import complete
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.convert import WEIGHTS_DTYPES, open_checkpoint
-from dsv2_jax.engine import Engine, Output, check_tokens
+from dsv2_jax.engine import Engine, Output
 from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
-from dsv2_jax.prompts import Prompt
+from dsv2_jax.prompts import Prompt, check_tokens
 from dsv2_jax.sampling import Sampling, check
 from dsv2_jax.score import score
 from dsv2_jax.tokenizer import TextStream, Tokenizer

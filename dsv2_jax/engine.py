@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv2_jax import cache as latent_cache
-from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
 from dsv2_jax.model import Decoder
 from dsv2_jax.pages import PagePool
+from dsv2_jax.prompts import check_tokens
 from dsv2_jax.rotation import rotated
 from dsv2_jax.sampling import MAX_LOGPROBS, History, Sampled, Sampling, SamplingArrays, check, to_arrays, to_history
 from dsv2_jax.steps import Batch, begin_history, decode, next_tokens, prefill
@@ -52,18 +52,6 @@ def decode_rows(answers: int, max_batch: int) -> int:
     while (fewer := -(-rows // (4 * LEAST)) * LEAST) >= answers and fewer < rows:
         rows = fewer
     return rows
-
-
-def check_tokens(cfg: ModelConfig, name: str, token_ids: Sequence[int], room: int) -> None:
-    """Refuses ids outside the vocabulary, an empty prompt, and one that leaves less than `room` of the context."""
-    if not token_ids:
-        raise InputError(f"{name}: the prompt is empty, expected at least one token")
-    for token in token_ids:
-        if type(token) is not int or not 0 <= token < cfg.vocab_size:
-            raise InputError(f"{name}: token id {token!r}, expected an integer in [0, {cfg.vocab_size - 1}]")
-    if len(token_ids) + room > cfg.max_position_embeddings:
-        expected = f"at most {cfg.max_position_embeddings - room}"
-        raise InputError(f"{name}: the prompt has {len(token_ids)} tokens, expected {expected} (max_position_embeddings)")
 
 
 class Output(NamedTuple):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError, nearest
 from dsv2_jax.sampling import Sampling
 from dsv2_jax.tensor_files import strict_json
@@ -23,6 +24,18 @@ class Prompt:
     given: Any
     token_ids: list[int]
     sampling: Sampling
+
+
+def check_tokens(cfg: ModelConfig, name: str, token_ids: Sequence[int], room: int) -> None:
+    """Refuses ids outside the vocabulary, an empty prompt, and one that leaves less than `room` of the context."""
+    if not token_ids:
+        raise InputError(f"{name}: the prompt is empty, expected at least one token")
+    for token in token_ids:
+        if type(token) is not int or not 0 <= token < cfg.vocab_size:
+            raise InputError(f"{name}: token id {token!r}, expected an integer in [0, {cfg.vocab_size - 1}]")
+    if len(token_ids) + room > cfg.max_position_embeddings:
+        expected = f"at most {cfg.max_position_embeddings - room}"
+        raise InputError(f"{name}: the prompt has {len(token_ids)} tokens, expected {expected} (max_position_embeddings)")
 
 
 def to_sampling(fields: Mapping[str, Any], others: Sampling) -> Sampling:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dsv2_jax.engine import bucket, check_tokens, place
+from dsv2_jax.engine import bucket, place
 from dsv2_jax.loss import log_probs
 from dsv2_jax.model import Decoder, from_zero
+from dsv2_jax.prompts import check_tokens
 
 MAX_TOKENS = 8192  # that are scored together
 SHORTEST = 16

@@ -9,9 +9,9 @@ int6    6-bit codes of groups of 32: 384 + 32 B              bfloat16   544     
 int6: latent = span * (code - 32) / 64 with codes 1..63 (63 levels, symmetric) and one float16 span a group, which has 9
 significant bits so that 1.5 * span is exact: a kernel puts the code's bits under the exponent of 1.0, which reads as
 1 + code / 64, and one multiply-add in float16 gives the latent (for latents up to 21,000; normalised ones are below 23 times their
-gain). A channel larger than its neighbours costs them their precision,
-so latents should come in a basis where none is: each group turned by the orthogonal H32 / sqrt(32), see `rotate`. Whoever makes
-latents and queries can have that for nothing, in the weights; here it is not done.
+gain). A channel larger than its neighbours costs them their precision, so latents should come in a basis where none is: each group
+turned by the orthogonal H32 / sqrt(32), see `rotate`. Whoever makes latents and queries can have that for nothing, in the weights;
+here it is not done.
 
 Relative error of the latents (tests/test_latent_pages.py): fp8 2.6% and int6 2.2% if they are Gaussian; fp8 2.2% and int6,
 rotated, 1.7% with eight channels twelve times larger than the rest.

@@ -13,9 +13,8 @@ import pytest
 
 from dsv2_jax import completion, config, model, score, tokenizer
 from dsv2_jax.convert import open_checkpoint
-from dsv2_jax.engine import check_tokens
 from dsv2_jax.fields import InputError
-from dsv2_jax.prompts import from_jsonl, parse_biases, to_sampling
+from dsv2_jax.prompts import check_tokens, from_jsonl, parse_biases, to_sampling
 from dsv2_jax.sampling import Sampling, check
 from dsv2_jax.weights import write_native
 from sharding.mesh import make_mesh
