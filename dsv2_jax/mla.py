@@ -80,9 +80,9 @@ class MLA(nnx.Module):
         if pages is not None:
             pages = cache.write(pages, c_kv_BTC, k_rope_BTR, ctx, layer, layers)
         if ctx.table_BP is not None:
-            q_latent_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope_BTNH, self.w_uk)
+            q_latent_BTNC = _per_head("mnh,cnh->mnc", q_nope_BTNH, self.w_uk)
             o_latent_BTNC = cache.attend(q_latent_BTNC, q_rope_BTNR, pages, ctx, layer, layers, scale)
-            o_BTNV = jnp.einsum("btnc,cnv->btnv", o_latent_BTNC, self.w_uv)
+            o_BTNV = _per_head("mnc,cnv->mnv", o_latent_BTNC, self.w_uv)
         else:
             k_nope_BTNH = jnp.einsum("btc,cnh->btnh", c_kv_BTC, self.w_uk)
             v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, self.w_uv)
@@ -99,3 +99,9 @@ class MLA(nnx.Module):
             q_BTNX = project("btq,qnx->btnx", c_q_BTQ, self.w_uq)
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
         return q_nope_BTNH, rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)
+
+
+def _per_head(subscripts: str, x_BTNX: jax.Array, w: nnx.Param) -> jax.Array:
+    """`jnp.einsum` of tokens [M, N, X] and each head's matrix: with tokens on one axis a GPU's result lies as kernels read it."""
+    y_MNY = jnp.einsum(subscripts, x_BTNX.reshape(-1, *x_BTNX.shape[2:]), w)
+    return y_MNY.reshape(*x_BTNX.shape[:3], -1, out_sharding=specs.heads_BTNV)

@@ -133,11 +133,13 @@ def codes_to_words(codes: jax.Array) -> jax.Array:
     of the last two in bits 0-3 of the first and the second half, their lower two in bits 0-1 and 2-3 of the third. So a kernel
     unpacks two codes at a time with one shift and one or two masks.
     """
-    units = _by_lane(codes.astype(jnp.uint32)).reshape(*codes.shape[:-1], LANES, 8, 8, 2)  # lane, word, code, half
-    a, b, c, d, e, f, g, h = (units[..., i, :] for i in range(8))
+    # Taken place by place, which a GPU does while it stores the words: transpositions would be kernels of their own.
+    units = jnp.take_along_axis(codes.astype(jnp.uint32), jnp.broadcast_to(_BY_WORD, codes.shape), axis=-1)
+    units = units.reshape(*codes.shape[:-1], 8, 2, LANES * 8)  # code, half, word of all lanes
+    a, b, c, d, e, f, g, h = (units[..., i, :, :] for i in range(8))
     tails = (g >> 2, h >> 2, (g & 3) | ((h & 3) << 2))
-    halves = jnp.stack([tail | (x << 4) | (y << 10) for tail, x, y in zip(tails, (a, c, e), (b, d, f))], axis=-4)
-    return (halves[..., 0] | (halves[..., 1] << 16)).reshape(*codes.shape[:-1], 96)
+    halves = [tail | (x << 4) | (y << 10) for tail, x, y in zip(tails, (a, c, e), (b, d, f))]
+    return jnp.concatenate([half[..., 0, :] | (half[..., 1, :] << 16) for half in halves], axis=-1)
 
 
 def words_to_codes(words: jax.Array) -> jax.Array:
@@ -169,4 +171,6 @@ def _hadamard(n: int) -> np.ndarray:
     return np.ones((1, 1)) if n == 1 else np.kron([[1, 1], [1, -1]], _hadamard(n // 2))
 
 
+# The dim of each lane's word w, code i, half j is 64 w + 8 i + 2 * lane + j; here in the order i, j, lane, w.
+_BY_WORD = np.arange(512).reshape(8, 8, LANES, 2).transpose(1, 3, 2, 0).reshape(-1)
 _SIGNS = _hadamard(GROUP)  # without the root of 32: exact in any dtype
