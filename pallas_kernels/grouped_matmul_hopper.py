@@ -81,8 +81,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     steps = [x.shape[1] // STEP for x in xs_MA]
     total_steps = sum(steps)
     column_tiles = pl.cdiv(columns, t.consumers * width)
-    units_E = pl.cdiv(group_sizes_E.astype(jnp.int32), row_unit)
-    table = tickets.table(units_E, t.rows // row_unit, rows // t.rows + experts, _equal)
+    table = tickets.table(group_sizes_E, row_unit, 1, t.rows // row_unit, rows // t.rows + experts, _equal)
 
     def grouped_matmul(*refs):
         x_gmems, refs = refs[: len(xs_MA)], refs[len(xs_MA) :]

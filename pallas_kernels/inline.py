@@ -24,7 +24,7 @@ def address(ref):
 
 
 def words(array) -> list:
-    """The registers of an array of float16 in layout WGMMA."""
+    """The registers of an array of float16 in layout WGMMA, or of a vector of int32."""
     return [utils.bitcast(x, ir.IntegerType.get_signless(32)) for x in array.registers.flat]
 
 
@@ -48,15 +48,15 @@ def singles(floats, columns: int):
     return _array([_vector(floats[i : i + 2]) for i in range(0, len(floats), 2)], columns)
 
 
-def like(array, floats):
-    """An array of float32 in which each register is one element."""
-    registers = np.array([_vector([x]) for x in floats], object).reshape(array.registers.shape)
-    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+def like(array, values):
+    """An array of float32 or int32 in which each register is one element."""
+    registers = np.array([_vector([x]) for x in values], object).reshape(array.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=array.is_signed)
 
 
-def _vector(floats):
-    x = llvm.mlir_undef(ir.VectorType.get((len(floats),), ir.F32Type.get()))
-    for k, value in enumerate(floats):
+def _vector(values):
+    x = llvm.mlir_undef(ir.VectorType.get((len(values),), values[0].type))
+    for k, value in enumerate(values):
         x = vector.insert(value, x, dynamic_position=[], static_position=[k])
     return x
 

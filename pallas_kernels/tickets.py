@@ -6,6 +6,7 @@ program takes tickets, its own number first and then from a counter in global me
 shared memory.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,19 +18,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 
-from pallas_kernels.hopper import SMS, drain
+from pallas_kernels.dispatch import choose
+from pallas_kernels.hopper import PARAMS, SMS, drain, vary_like
+from pallas_kernels.lanes import THREADS, flat, gather, iota, scatter
 
+AT_ONCE = 8  # experts of which a loop compares blocks with a thread's
 ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
 
 
-def table(lengths_E: jax.Array, most: int, capacity: int, cut: Callable) -> jax.Array:
-    """Experts' rows, which may be counted in units, in the fewest blocks of at most `most`.
+def table(rows_E: jax.Array, unit: int, per_unit: int, most: int, capacity: int, cut: Callable) -> jax.Array:
+    """Experts' rows, padded to `unit` and each unit counted as `per_unit`, in the fewest blocks of at most `most`.
 
     Returns int32 [4, capacity]: the number of blocks; and the expert, the first row and the length of each. What lies past the last
     is of no meaning, but names some expert.
 
     `cut(length, blocks, index)` says where a block begins within an expert of so many rows and blocks, and how long it is.
     """
+    make = _table_hopper if choose(None, None) == "pallas" else _table_xla
+    return make(rows_E.astype(jnp.int32), unit, per_unit, most, capacity, cut)
+
+
+def _table_xla(rows_E, unit, per_unit, most, capacity, cut):
+    lengths_E = pl.cdiv(rows_E, unit) * per_unit
     blocks_E = pl.cdiv(lengths_E, most)
     ends_E = before(blocks_E) + blocks_E
     block = jnp.arange(capacity, dtype=jnp.int32)
@@ -37,6 +47,49 @@ def table(lengths_E: jax.Array, most: int, capacity: int, cut: Callable) -> jax.
     begin, length = cut(lengths_E[expert], jnp.maximum(blocks_E, 1)[expert], block - (ends_E - blocks_E)[expert])
     first = before(lengths_E)[expert] + begin
     return jnp.stack([jnp.full_like(first, ends_E[-1]), expert, first, length])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))  # two products of the same rows have it once
+def _table_hopper(rows_E, unit, per_unit, most, capacity, cut):
+    """A block a thread, which looks for the expert whose it is: one small program, where XLA makes three that wait for each other."""
+    (experts,) = rows_E.shape
+
+    def body(rows_gmem, table_gmem, lengths_smem):
+        block = iota(THREADS) + lax.axis_index("program") * THREADS
+        every = iota(lengths_smem.shape[0])
+        rows = jnp.where(every < experts, gather(rows_gmem, every), 0)
+        scatter(lengths_smem, every, lax.div(rows + (unit - 1), jnp.full_like(rows, unit)) * per_unit)
+        plgpu.commit_smem()
+
+        def full(value):
+            return plgpu.layout_cast(jnp.full_like(block, value), flat(block))
+
+        def pass_by(group, carry):
+            begin, row, *own = carry
+            for e in (group * AT_ONCE + i for i in range(AT_ONCE)):
+                length = gather(lengths_smem, full(e))  # the same in all threads
+                blocks = lax.div(length + (most - 1), full(most))
+                here = (block >= begin) & (block < begin + blocks)
+                own = [jnp.where(here, its, x) for its, x in zip((full(e), row, length, blocks, block - begin), own)]
+                begin, row = begin + blocks, row + length
+            return begin, row, *own
+
+        groups = pl.cdiv(experts, AT_ONCE)
+        count, _, expert, row, length, blocks, index = lax.fori_loop(0, groups, pass_by, tuple(full(0) for _ in range(7)))
+        start, length = cut(length, jnp.maximum(blocks, 1), index)
+        for field, values in enumerate((count, expert, row + start, length)):
+            scatter(table_gmem, jnp.where(block < capacity, block + field * capacity, -1), values)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((4 * capacity,), jnp.int32),
+        grid=(pl.cdiv(capacity, THREADS),),
+        grid_names=("program",),
+        kernel_name="ticket_table",
+        scratch_types=[plgpu.SMEM((pl.cdiv(experts, THREADS) * THREADS,), jnp.int32)],
+        compiler_params=PARAMS,
+    )
+    return vary_like(rows_E, kernel(rows_E)).reshape(4, capacity)
 
 
 def look_up(table_gmem, columns: int, ticket: jax.Array) -> tuple[jax.Array, ...]:

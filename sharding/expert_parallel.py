@@ -13,32 +13,24 @@ M rows of what a function makes (of messages, or in expert order), R rows of a c
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.expert_order import Order, expert_order, inverse
 from pallas_kernels.grouped_matmul import padded_rows, row_unit
-from pallas_kernels.tickets import before
 from sharding import specs
 from sharding.rounds import in_rounds
 
 DISPATCHES = ("all_to_all", "all_gather")
 ARRIVED = "arrived"  # the name under which `jax.checkpoint` knows what came over the wire
 SLACK = 1.25  # buffers hold this much of the mean load under uniform routing; the rest waits for a further round
-FEW = 4096  # pairs whose places are found by comparing all with all: a few reductions, and not a dozen small kernels
 AT_ONCE = 16384  # rows that are multiplied in one go, however they fall: a loop would copy the weights it uses out of their stack
 
 Experts = Any  # a pytree of arrays [E, ...]
-
-
-class Order(NamedTuple):
-    """Where each of a token's pairs goes (its K experts, or its S devices), and what each row of the result holds."""
-
-    pair_M: jax.Array  # the pair n * K + k that a row holds; N * K for none
-    row_NK: jax.Array  # the row that holds a pair; M for none
 
 
 def routed_experts(
@@ -109,7 +101,7 @@ def _through_all_to_all(x_ND, ids_NK, weights_NK, experts, multiply, num_experts
         ids_NK, needed_NX, place_NX = integers
         now_NX = (needed_NX == 1) & (place_NX // slots == r)
         row_NX = jnp.where(now_NX, jnp.arange(devices) * slots + place_NX - r * slots, devices * slots)
-        order = _inverse(jnp.sort(row_NX, axis=1)[:, :most], devices * slots)
+        order = inverse(jnp.sort(row_NX, axis=1)[:, :most], devices * slots)
         token_M = order.pair_M // most
         with jax.named_scope("dispatch"):
             # Ids are exact in float32 and ride with the weights: 8 K bytes a row, where the row itself takes 2 D.
@@ -164,39 +156,6 @@ def _multiply(x_ND, ids_NK, weights_NK, experts, *, expert_fn, fair_pairs: int) 
     return in_rounds(multiply_chunk, -(-(starts_E + sizes_E).max() // chunk), operands, (order, sizes_E, starts_E))
 
 
-def expert_order(local_NK: jax.Array, num_experts: int, unit: int, rows: int) -> tuple[Order, jax.Array, jax.Array]:
-    """Sorts pairs by expert, ties by pair, each expert's rows beginning at a multiple of `unit`; with sizes and first rows [E].
-
-    Ids outside [0, num_experts) belong to other devices and get no row.
-    """
-    expert_P = local_NK.reshape(-1)
-    expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
-    index_P, index_E = jnp.arange(expert_P.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=jnp.int32)
-    few = expert_P.size <= FEW
-    if few:
-        sizes_E = (index_E[:, None] == expert_P).sum(axis=1, dtype=jnp.int32)
-        before_P = ((expert_P[:, None] == expert_P) & (index_P < index_P[:, None])).sum(axis=1, dtype=jnp.int32)
-    else:
-        sizes_E = jnp.zeros(num_experts + 1, jnp.int32).at[expert_P].add(1)[:-1]
-        sorted_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
-        place_P = jnp.zeros_like(index_P).at[sorted_P].set(index_P, unique_indices=True)
-        before_P = place_P - jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)[expert_P]
-    padded_E = -(-sizes_E // unit) * unit
-    starts_E = before(padded_E)
-    row_P = jnp.where(expert_P < num_experts, jnp.append(starts_E, 0)[expert_P] + before_P, rows)
-    row_NK = row_P.astype(jnp.int32).reshape(local_NK.shape)
-    if few:
-        held_MP = row_P == jnp.arange(rows, dtype=jnp.int32)[:, None]
-        return Order(jnp.where(held_MP, index_P, index_P.size).min(axis=1), row_NK), sizes_E, starts_E
-    return _inverse(row_NK, rows), sizes_E, starts_E
-
-
-def _inverse(row_NK: jax.Array, rows: int) -> Order:
-    pairs = row_NK.size
-    pair_M = jnp.full(rows, pairs, jnp.int32).at[row_NK.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
-    return Order(pair_M, row_NK)
-
-
 def _swap(x_MD: jax.Array) -> jax.Array:
     """The X blocks of rows, one for each device of the expert row, change places: block j of device i becomes block i of j."""
     return lax.all_to_all(x_MD, "expert", split_axis=0, concat_axis=0, tiled=True)
@@ -204,7 +163,12 @@ def _swap(x_MD: jax.Array) -> jax.Array:
 
 def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of x; an index past the end gives zeros."""
-    return x.at[index].get(mode="fill", fill_value=0)
+    return _where(index < len(x), x.at[jnp.minimum(index, len(x) - 1)].get(mode="promise_in_bounds"))
+
+
+def _where(inside: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows, or zeros. (Written out: of `mode="fill"` XLA makes a small program of its own, for which the large one waits.)"""
+    return jnp.where(inside.reshape(*inside.shape, *[1] * (rows.ndim - inside.ndim)), rows, 0)
 
 
 @jax.custom_vjp
@@ -214,11 +178,11 @@ def take_rows(x_ND: jax.Array, order: Order) -> jax.Array:
     bfloat16 rows move as pairs: on the GPU that is 1.45 times as fast, and as fast as a kernel of bulk copies (both are bound by
     the rate of writing).
     """
-    token_M = order.pair_M // order.row_NK.shape[1]
-    if x_ND.dtype != jnp.bfloat16 or x_ND.shape[1] % 2:
-        return _gather(x_ND, token_M)
-    pairs_NH = lax.bitcast_convert_type(x_ND.reshape(len(x_ND), -1, 2), jnp.uint32)
-    return lax.bitcast_convert_type(_gather(pairs_NH, token_M), x_ND.dtype).reshape(len(token_M), -1)
+    pairs = x_ND.dtype == jnp.bfloat16 and x_ND.shape[1] % 2 == 0
+    x_NH = lax.bitcast_convert_type(x_ND.reshape(len(x_ND), -1, 2), jnp.uint32) if pairs else x_ND
+    token_M = jnp.minimum(order.pair_M // order.row_NK.shape[1], len(x_ND) - 1)
+    rows_MH = _where(order.pair_M < order.row_NK.size, x_NH.at[token_M].get(mode="promise_in_bounds"))
+    return lax.bitcast_convert_type(rows_MH, x_ND.dtype).reshape(len(token_M), -1) if pairs else rows_MH
 
 
 @jax.custom_vjp
@@ -245,7 +209,8 @@ add_rows.defvjp(
 @jax.custom_vjp
 def take_pairs(weights_NK: jax.Array, order: Order) -> jax.Array:
     """Every pair's weight in order: [M], zero for rows that hold no pair."""
-    return _gather(weights_NK.reshape(-1), order.pair_M)
+    # By an index of its own: XLA would join this with a part of `take_rows`, which then waits for it.
+    return _gather(weights_NK.reshape(-1), lax.optimization_barrier(order.pair_M))
 
 
 take_pairs.defvjp(

@@ -1,4 +1,4 @@
-"""Rows in expert order, and routed experts against a loop over tokens, on several meshes and with every kind of load."""
+"""Routed experts against a loop over tokens, on several meshes and with every kind of load."""
 
 import re
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import expert_order
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding import expert_parallel, specs
-from sharding.expert_parallel import Order, expert_order, routed_experts, slots_per_device, take_rows
+from sharding.expert_parallel import Order, routed_experts, slots_per_device, take_rows
 from sharding.mesh import make_mesh
 
 B, T, D, E, K = 8, 24, 16, 8, 3
@@ -87,32 +88,9 @@ def test_what_does_not_fit_travels_and_is_multiplied_in_further_rounds(mesh_shap
     compare(load, mesh_shape, dispatch)
 
 
-@pytest.mark.parametrize("few", [0, 4096])
-@pytest.mark.parametrize("unit", [1, 8])
-def test_expert_order_is_a_permutation_of_the_local_pairs(unit, few, monkeypatch):
-    monkeypatch.setattr(expert_parallel, "FEW", few)
-    rng = np.random.default_rng(1)
-    local = rng.integers(-3, 8, (20, K)).astype(np.int32)  # 5 experts here, the others elsewhere
-    order, sizes_E, starts_E = expert_order(jnp.asarray(local), 5, unit, 128)
-    pair_M, row_NK = np.asarray(order.pair_M), np.asarray(order.row_NK)
-    assert pair_M.size == 128
-    mine = (local >= 0) & (local < 5)
-    assert (row_NK[~mine] == pair_M.size).all()
-    np.testing.assert_array_equal(pair_M[row_NK[mine]], np.flatnonzero(mine))
-    assert (pair_M == local.size).sum() == pair_M.size - mine.sum()
-    np.testing.assert_array_equal(sizes_E, np.bincount(local[mine], minlength=5))
-    padded = -(-np.asarray(sizes_E) // unit) * unit
-    starts = np.cumsum(padded) - padded
-    np.testing.assert_array_equal(starts_E, starts)
-    for e in range(5):
-        rows = np.sort(row_NK[local == e])
-        np.testing.assert_array_equal(rows, starts[e] + np.arange(rows.size))
-        np.testing.assert_array_equal(pair_M[rows], np.flatnonzero(local == e))  # ties in order of the pair
-
-
 @pytest.mark.parametrize("mesh_shape, dispatch", [((1, 1), None), ((1, 2), "all_to_all"), ((1, 2), "all_gather")])
 def test_the_backward_pass_scatters_no_rows(mesh_shape, dispatch, monkeypatch):
-    monkeypatch.setattr(expert_parallel, "FEW", 0)
+    monkeypatch.setattr(expert_order, "FEW", 0)
     x, experts, weights, w = operands("spread")
 
     def total(x, weights, w):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, grouped_matmul_fp8_hopper, grouped_matmul_hopper, grouped_wgrad_hopper, tickets
 from pallas_kernels.grouped_matmul import grouped_matmul, padded_rows, row_unit
 from pallas_kernels.grouped_mlp import grouped_mlp
+from tests import lanes_interpreted
 from tests.kernel_cases import GroupedCases, GroupedMatmulCases, GroupedMlpCases, assert_repeats, close, with_gradients
 
 
@@ -133,19 +134,36 @@ class TestInterpreterFewRows(TestInterpreter):
     SIZE, UNIT, SPARE = (30, 0, 5, 16, 1, *[0] * 11), 16, 0
 
 
-@pytest.mark.parametrize("cut", [grouped_matmul_hopper._equal, functools.partial(grouped_matmul_fp8_hopper._whole, 12)])
-def test_blocks_of_rows_cover_each_expert_once(cut):
-    rng, most, capacity = np.random.default_rng(0), 12, 60
-    table = jax.jit(lambda lengths_E: tickets.table(lengths_E, most, capacity, cut))
-    for case in range(50):
+CUTS = [grouped_matmul_hopper._equal, functools.partial(grouped_matmul_fp8_hopper._whole, 12)]
+
+
+def blocks_of_rows_cover_each_expert_once(table, cases):
+    rng = np.random.default_rng(0)
+    for case in range(cases):
         lengths_E = rng.multinomial(rng.integers(0, 400), rng.dirichlet(np.full(20, 0.5))) * (case > 0)
-        count, experts, firsts, lengths = np.asarray(table(jnp.asarray(lengths_E, jnp.int32)))
-        blocks_E, starts_E = -(-lengths_E // most), np.cumsum(lengths_E) - lengths_E
+        rows_E = np.maximum(lengths_E * 8 - rng.integers(0, 8, 20), 0)  # padded to 16, of which each counts as 2
+        lengths_E = -(-rows_E // 16) * 2
+        count, experts, firsts, lengths = np.asarray(table(jnp.asarray(rows_E, jnp.int32), 16, 2, 12, 60))
+        blocks_E, starts_E = -(-lengths_E // 12), np.cumsum(lengths_E) - lengths_E
         assert (count == blocks_E.sum()).all()
         assert experts[: count[0]].tolist() == np.repeat(np.arange(20), blocks_E).tolist()
         rows = [(e, row) for e, first, n in zip(experts, firsts, lengths[: count[0]]) for row in range(first, first + n)]
         assert rows == [(e, start + row) for e, (start, n) in enumerate(zip(starts_E, lengths_E)) for row in range(n)]
-        assert count[0] == 0 or 0 < lengths[: count[0]].min() <= lengths[: count[0]].max() <= most
+        assert count[0] == 0 or 0 < lengths[: count[0]].min() <= lengths[: count[0]].max() <= 12
+        assert experts.min() >= 0 and experts.max() < 20
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("make", [tickets._table_xla, pytest.param(tickets._table_hopper, marks=pytest.mark.gpu)])
+def test_table(make, cut):
+    blocks_of_rows_cover_each_expert_once(jax.jit(functools.partial(make, cut=cut), static_argnums=(1, 2, 3, 4)), cases=50)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_table_in_the_interpreter(cut, monkeypatch):
+    lanes_interpreted.install(monkeypatch, tickets)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        blocks_of_rows_cover_each_expert_once(functools.partial(tickets._table_hopper, cut=cut), cases=3)
 
 
 def exact(a):
@@ -172,7 +190,7 @@ def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
     experts = [array((4, *width), spec=P("expert")) for width in widths]
     args = array((rows, 2048)), array((rows,), jnp.float32), experts, array((4,), jnp.int32, P("expert"))
     text = jax.jit(gradients).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 6
+    assert text.count("custom_call @mosaic_gpu") == 7  # one of them the table of blocks, lowered once for all products
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul_fp8 import (
     quantise_weights,
 )
 from pallas_kernels.grouped_mlp_fp8 import grouped_mlp_fp8
+from tests import lanes_interpreted
 from tests.kernel_cases import Fp8GroupedMatmulCases, assert_repeats, close
 
 E4M3 = jnp.float8_e4m3fn
@@ -85,6 +86,7 @@ class TestInterpreter(Fp8GroupedMatmulCases):
     def interpreter(self, monkeypatch):
         monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
         monkeypatch.setattr(tickets, "new_counter", lambda: None)
+        lanes_interpreted.install(monkeypatch, tickets)
         for module in (grouped_matmul_fp8_hopper, tickets):
             monkeypatch.setattr(module, "SMS", 2)
         jax.clear_caches()  # kernels are traced once a shape

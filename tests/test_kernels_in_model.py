@@ -14,7 +14,7 @@ from sharding import specs
 
 KERNELS = {
     *("mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "mla_decode"),
-    *("grouped_matmul_mosaic_gpu", "grouped_wgrad", "grouped_matmul_fp8", "quantise_rows"),
+    *("expert_order_mosaic_gpu", "grouped_matmul_mosaic_gpu", "grouped_wgrad", "grouped_matmul_fp8", "quantise_rows"),
 }
 ONE_LAYER = dataclasses.replace(v2_lite(), num_hidden_layers=1, first_k_dense_replace=0, vocab_size=256)
 
@@ -32,16 +32,17 @@ def kernels(function, *args) -> set[str]:
 def test_training():
     config = dataclasses.replace(train_preset("v2_lite"), batch_size=1, seq_len=128, remat="elementwise")
     state, batch = train_state.abstract(ONE_LAYER, config), train_state.abstract_batch(config)
-    wanted = {"mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "grouped_matmul_mosaic_gpu", "grouped_wgrad"}
-    assert kernels(jax.jit(train_state.gradient, static_argnums=2), state, batch, config) == wanted
+    attention = {"mla_attention_forward", "mla_attention_dkv", "mla_attention_dq"}
+    experts = {"expert_order_mosaic_gpu", "grouped_matmul_mosaic_gpu", "grouped_wgrad"}
+    assert kernels(jax.jit(train_state.gradient, static_argnums=2), state, batch, config) == attention | experts
 
 
 @pytest.mark.parametrize(
-    "fp8, cache_dtype, matmuls",
-    [(False, dtype, {"grouped_matmul_mosaic_gpu"}) for dtype in ("bfloat16", "fp8", "int6")]
-    + [(True, "bfloat16", {"grouped_matmul_fp8", "quantise_rows"})],
+    "fp8, cache_dtype, experts",
+    [(False, dtype, {"expert_order_mosaic_gpu", "grouped_matmul_mosaic_gpu"}) for dtype in ("bfloat16", "fp8", "int6")]
+    + [(True, "bfloat16", {"expert_order_mosaic_gpu", "grouped_matmul_fp8", "quantise_rows"})],
 )
-def test_prefill_and_decode(fp8, cache_dtype, matmuls):
+def test_prefill_and_decode(fp8, cache_dtype, experts):
     decoder = model.abstract(ONE_LAYER, jnp.bfloat16, fp8)
 
     def integers(*shape):
@@ -50,8 +51,8 @@ def test_prefill_and_decode(fp8, cache_dtype, matmuls):
     pages = jax.eval_shape(lambda: cache.empty(ONE_LAYER, 8, cache_dtype))
     if cache_dtype == "bfloat16":  # the formats' writes and reads have tests of their own
         fresh = steps.Batch(*[integers(1, 64)] * 4, None, integers(4), integers(4))
-        assert kernels(steps.prefill, decoder, pages, fresh) == {"mla_attention_forward"} | matmuls
+        assert kernels(steps.prefill, decoder, pages, fresh) == {"mla_attention_forward"} | experts
     if cache_dtype == "bfloat16" and not fp8:
         further = steps.Batch(*[integers(2, 64)] * 4, integers(2, 16), integers(2), integers(2))
-        assert kernels(steps.prefill, decoder, pages, further) == {"mla_decode"} | matmuls
-    assert kernels(steps.decode, decoder, pages, integers(4), integers(4, 2 + 16)) == {"mla_decode"} | matmuls
+        assert kernels(steps.prefill, decoder, pages, further) == {"mla_decode"} | experts
+    assert kernels(steps.decode, decoder, pages, integers(4), integers(4, 2 + 16)) == {"mla_decode"} | experts

@@ -1,0 +1,96 @@
+"""The order of few pairs by expert on Hopper, in one launch of one program: a decode step waits for it in every layer.
+
+Each expert has a bit for each token, in shared memory. Its size is the number of its bits, a pair's place among its expert's the
+number of those of earlier tokens. A thread has some pairs, from the reading of their ids to the writing of their rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import PARAMS, vary_like
+from pallas_kernels.lanes import THREADS, count_bits, flat, gather, scatter
+
+WARPGROUPS = 8  # of the program, at most
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # lowered once a shape
+def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int) -> tuple[jax.Array, ...]:
+    """pair_M, row_NK, sizes_E and starts_E of `expert_order.expert_order`."""
+    (tokens, choices), pairs = ids_NK.shape, ids_NK.size
+    masks = pl.cdiv(tokens, 32)  # words of an expert's bits
+    warpgroups = min(pl.cdiv(pairs, THREADS), WARPGROUPS)
+
+    def body(ids_gmem, pair_gmem, row_gmem, size_gmem, start_gmem, bits_smem, padded_smem, start_smem, met):
+        own = lax.axis_index("warpgroup")
+
+        def indices(size, first=0, among=1):
+            """One of `among` equal parts, in whole vectors of 128, of what covers 0 .. size - 1."""
+            part = pl.cdiv(size, THREADS * among) * THREADS
+            layout = plgpu.Layout.WG_STRIDED((part,), vec_size=1)
+            return plgpu.broadcasted_iota(jnp.int32, (part,), 0, layout=layout) + first * part
+
+        def fill(x_ref, value):
+            index = indices(x_ref.shape[0], own, warpgroups)
+            scatter(x_ref, index, plgpu.layout_cast(jnp.full_like(index, value), flat(index)))
+
+        def meet():
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(met)
+            plgpu.barrier_wait(met)
+
+        pair = indices(pairs, own, warpgroups)
+        expert = gather(ids_gmem, pair)
+        token = lax.div(pair, jnp.full_like(pair, choices))
+        mask, bit = token >> 5, jnp.left_shift(1, token & 31)
+        here = (expert >= 0) & (expert < experts)
+        fill(bits_smem, 0)
+        fill(pair_gmem, pairs)
+        meet()
+        scatter(bits_smem, jnp.where(here, mask * experts + expert, -1), bit, "or")
+        meet()
+
+        @pl.when(own == 0)
+        def _():
+            index = indices(experts)
+            size = sum(count_bits(gather(bits_smem, index + m * experts)) for m in range(masks))
+            scatter(size_gmem, index, size)
+            scatter(padded_smem, index, lax.div(size + (unit - 1), jnp.full_like(size, unit)) * unit)
+            plgpu.commit_smem()
+            start = index - index
+            for e in range(experts - 1):
+                start += jnp.where(index > e, padded_smem[e], 0)
+            scatter(start_smem, index, start)
+            scatter(start_gmem, index, start)
+
+        earlier = expert - expert
+        for m in range(masks):
+            counted = jnp.where(mask == m, bit - 1, jnp.where(mask > m, -1, 0))
+            earlier += count_bits(gather(bits_smem, expert + m * experts) & counted)
+        meet()
+        row = jnp.where(here, gather(start_smem, expert) + earlier, rows)
+        scatter(row_gmem, pair, row)
+        scatter(pair_gmem, row, pair)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, pairs, experts, experts)],
+        grid=(1,),
+        grid_names=("program",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name="expert_order",
+        scratch_types=[
+            plgpu.SMEM((masks * experts,), jnp.int32),  # bits of 32 tokens for each expert, then of the next 32
+            plgpu.SMEM((experts,), jnp.int32),
+            plgpu.SMEM((experts,), jnp.int32),
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ],
+        compiler_params=PARAMS,
+    )
+    pair_M, row_P, sizes_E, starts_E = vary_like(ids_NK, kernel(ids_NK.reshape(-1)))
+    return pair_M, row_P.reshape(ids_NK.shape), sizes_E, starts_E
