@@ -58,9 +58,13 @@ SCOPES = ("mla", "router", "dropping", "dispatch", "experts", "combine", "shared
 COMMUNICATION = re.compile(r"nccl|all-to-all|all-gather|reduce-scatter|all-reduce", re.IGNORECASE)
 
 
-def forced_route(x_BTD, w_router_DE, cfg):
+def forced_route(x_BTD, w_router_DE, cfg, slots_BT):
     """Real scores, but experts taken in turn: the same number of tokens each, on every device of the expert axis."""
-    routing, t, k = ROUTE(x_BTD, w_router_DE, cfg), jnp.arange(x_BTD.shape[1])[:, None], jnp.arange(cfg.num_experts_per_tok)
+    routing, t, k = (
+        ROUTE(x_BTD, w_router_DE, cfg, slots_BT),
+        jnp.arange(x_BTD.shape[1])[:, None],
+        jnp.arange(cfg.num_experts_per_tok),
+    )
     expert_TK = (t + 11 * k) % cfg.n_routed_experts
     if cfg.topk_method == "group_limited_greedy":  # two experts of each of three groups
         size = cfg.n_routed_experts // cfg.n_group

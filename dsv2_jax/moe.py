@@ -65,11 +65,8 @@ class DeepSeekMoE(nnx.Module):
         """Returns the layer's output in x's dtype, and what routing did: experts [B, T, K]; in pairs, load [E] and dropped [];
         and the balance losses of `router.balance`."""
         cfg = self.cfg
-        routing = route(x_BTD, self.w_router[...], cfg)
-        chosen_BTK, weights_BTK, dropped = routing.experts_BTK, routing.weights_BTK, jnp.zeros((), jnp.int32)
-        if ctx.slots_BT is not None:  # what fills up the batch needs no expert
-            chosen_BTK = jnp.where(ctx.slots_BT[..., None] >= 0, chosen_BTK, cfg.n_routed_experts)
-        experts_BTK = chosen_BTK
+        routing = route(x_BTD, self.w_router[...], cfg, ctx.slots_BT)
+        experts_BTK, weights_BTK, dropped = routing.experts_BTK, routing.weights_BTK, jnp.zeros((), jnp.int32)
         if ctx.dropping:
             kept_BTK = kept_pairs(routing, ctx.dropping, cfg)
             experts_BTK = jnp.where(kept_BTK, experts_BTK, cfg.n_routed_experts)
@@ -87,16 +84,17 @@ class DeepSeekMoE(nnx.Module):
         )
         if cfg.n_shared_experts is not None:
             with jax.named_scope("shared"):
-                if ctx.slots_BT is None:
+                if ctx.slots_BT is None or x_BTD.shape[1] > 1:
                     y_BTD += self.shared(x_BTD)
                 else:
-                    # Inference. A decode step waits for one small kernel after another: the router's product comes first, and the
-                    # last one here does not take the sum into itself, for which it would wait for the routed experts.
-                    after_BTD, _ = jax.lax.optimization_barrier((x_BTD, routing.scores_BTE))
+                    # A decode step waits for one small kernel after another, which find no room on the GPU while large ones run: these
+                    # begin when the experts are chosen, which the compiler cannot know to be true of all. Nor does the last product
+                    # here take the sum into itself, for which it would wait for the routed experts.
+                    after_BTD = jnp.where(routing.experts_BTK[..., :1] >= 0, x_BTD, 0)
                     y_BTD += jax.lax.optimization_barrier(self.shared(after_BTD))
         return y_BTD, balance(routing, cfg) | {
             "experts": routing.experts_BTK,
-            "load": expert_load(chosen_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),
+            "load": expert_load(routing.experts_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),
             "dropped": dropped,
         }
 

@@ -12,54 +12,48 @@ import jax.numpy as jnp
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.fields import InputError
 from pallas_kernels.einsum import einsum_float32
+from pallas_kernels.top_experts import parts, top_experts
+from sharding import specs
 
 
 class Routing(NamedTuple):
-    """A token's experts. Weights and scores are float32."""
+    """A token's experts. All but the ids is float32."""
 
-    experts_BTK: jax.Array  # int32, in order of falling affinity
+    experts_BTK: jax.Array  # int32, in order of falling affinity; num_experts for a token that needs none
     weights_BTK: jax.Array  # factors of the experts' outputs
     affinities_BTK: jax.Array  # the chosen experts' scores
     scores_BTE: jax.Array  # affinities: the softmax over all experts, before any limit
 
 
 @jax.named_scope("router")
-def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig) -> Routing:
+def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig, slots_BT: jax.Array | None = None) -> Routing:
     """Scores all experts in float32 and chooses the top ones, of the best groups only if the configuration limits them.
 
     A group's score is the maximum of its experts' (device-limited routing; DeepSeek-V3's sum of two is another rule).
+    `slots_BT`: at inference, where the cache keeps each token; those that it keeps nowhere, -1, need no expert.
     """
-    logits_BTE = einsum_float32("btd,de->bte", x_BTD, w_router_DE)  # products of bfloat16 numbers are exact in float32
-    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    # Logits have the order of scores, and do not underflow; finite, all of them differ from the -inf of what is not allowed.
-    allowed_BTE = jnp.nan_to_num(jax.lax.stop_gradient(logits_BTE))
-    if cfg.topk_method == "group_limited_greedy":
-        grouped_BTGX = allowed_BTE.reshape(*scores_BTE.shape[:2], cfg.n_group, -1)
-        groups_BTM = _largest(grouped_BTGX.max(axis=-1), cfg.topk_group)
-        chosen_BTG = jax.nn.one_hot(groups_BTM, cfg.n_group, dtype=bool).any(axis=-2)
-        allowed_BTE = jnp.where(chosen_BTG[..., None], grouped_BTGX, -jnp.inf).reshape(scores_BTE.shape)
-    experts_BTK = _largest(allowed_BTE, cfg.num_experts_per_tok)
-    # By a sum, whose gradient, unlike that of a look-up, adds nothing up in an order that changes from run to run.
-    affinities_BTK = (scores_BTE[:, :, None] * jax.nn.one_hot(experts_BTK, cfg.n_routed_experts)).sum(axis=-1)
+    limited = cfg.topk_method == "group_limited_greedy"
+    limits = cfg.num_experts_per_tok, *((cfg.n_group, cfg.topk_group) if limited else (1, 1))
+    tokens = x_BTD[..., 0].size // jax.sharding.get_abstract_mesh().size
+    p = parts(tokens, cfg.n_routed_experts, inference=slots_BT is not None) if x_BTD.dtype == jnp.bfloat16 else 1
+    # Products of bfloat16 numbers are exact in float32.
+    x_BTPX, w_PXE = x_BTD.reshape(*x_BTD.shape[:2], p, -1), w_router_DE.reshape(p, -1, cfg.n_routed_experts)
+    logits_PBTE = einsum_float32("btpx,pxe->pbte", x_BTPX, w_PXE)
+
+    def choose(logits_PBTE, slots_BT):
+        logits_PNE = logits_PBTE.reshape(p, -1, cfg.n_routed_experts)
+        chosen = top_experts(logits_PNE, None if slots_BT is None else slots_BT.reshape(-1), *limits)
+        return tuple(x_NK.reshape(*logits_PBTE.shape[1:3], -1) for x_NK in chosen)
+
+    # Kernels know no mesh: each device chooses for its own sequences.
+    experts_BTK, affinities_BTK = jax.shard_map(choose, out_specs=specs.activations_BTD)(logits_PBTE, slots_BT)
     if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
         weights_BTK = affinities_BTK / (
             affinities_BTK.sum(axis=-1, keepdims=True) + 1e-20
         )  # and unscaled, as in the released code
     else:
         weights_BTK = affinities_BTK * cfg.routed_scaling_factor
-    return Routing(experts_BTK, weights_BTK, affinities_BTK, scores_BTE)
-
-
-def _largest(values_BTE: jax.Array, k: int) -> jax.Array:
-    """Where the k largest of numbers are, in falling order, the first of equal ones first: the indices of `jax.lax.top_k`.
-
-    All compared with all is a small program on a GPU, where top_k sorts; and the compiler would gather the whole batch for it.
-    """
-    index_E = jnp.arange(values_BTE.shape[-1], dtype=jnp.int32)
-    one, other = values_BTE[..., None], values_BTE[..., None, :]
-    rank_BTE = ((other > one) | (other == one) & (index_E < index_E[:, None])).sum(axis=-1, dtype=jnp.int32)
-    at_rank_BTKE = rank_BTE[..., None, :] == jnp.arange(k, dtype=jnp.int32)[:, None]
-    return jnp.where(at_rank_BTKE, index_E, 0).sum(axis=-1, dtype=jnp.int32)
+    return Routing(experts_BTK, weights_BTK, affinities_BTK, jax.nn.softmax(logits_PBTE.sum(axis=0), axis=-1))
 
 
 def reach(cfg: ModelConfig, devices: int) -> tuple[int, float]:
