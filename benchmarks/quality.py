@@ -9,6 +9,7 @@ same input, ||difference|| / ||output|| (mean and most over layers); the mean Ku
 token; and the change of perplexity.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dsv2_jax.context import Context
 from dsv2_jax.mla import rms_norm
 from dsv2_jax.rope import cos_sin
 from dsv2_jax.rotation import rotated
+from dsv2_jax.steps import OPTIONS
 from dsv2_jax.tokenizer import Tokenizer
 from pallas_kernels.latent_pages import PAGE
 from sharding.mesh import make_mesh
@@ -40,8 +42,8 @@ def main(directory: str, text: str, lengths: list[int]) -> None:
         if len(tokens) < length + 1 or length % CHUNK:
             raise SystemExit(f"{text} has {len(tokens)} tokens, expected more than {length}, a multiple of {CHUNK}")
         given = np.array(tokens[: length + 1], np.int32)
-        base = Forced(models["bfloat16"], "bfloat16", length)
-        others = {name: Forced(models[name[0]], name[1], length) for name in VARIANTS}
+        base = Forced(models["bfloat16"], "bfloat16", max(lengths))
+        others = {name: Forced(models[name[0]], name[1], max(lengths)) for name in VARIANTS}
         nll, divergence = dict.fromkeys((BASE, *VARIANTS), 0.0), dict.fromkeys(VARIANTS, 0.0)
         for start in range(0, length, CHUNK):
             chunk, targets = given[start : start + CHUNK], given[start + 1 : start + CHUNK + 1]
@@ -76,7 +78,7 @@ class Forced:
         return log_probs_TV
 
 
-@jax.jit(donate_argnums=1)
+@functools.partial(jax.jit, donate_argnums=1, compiler_options=OPTIONS)
 def predict(m: model.Decoder, pages, tokens_BT, start):
     tokens_BT, positions_BT, segments_BT = model.from_zero(tokens_BT)
     table_BP = jnp.arange(pages.latent.shape[0] // m.cfg.num_hidden_layers, dtype=jnp.int32)[None]
@@ -90,7 +92,7 @@ def of(log_probs_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
     return jnp.take_along_axis(log_probs_TV, targets_T[:, None], axis=1).sum()
 
 
-@jax.jit(static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3, compiler_options=OPTIONS)
 def attention_errors(base: model.Decoder, other: model.Decoder, tokens_T, formats) -> jax.Array:
     """Of each layer [L], both models being given the same input, what comes before in `base`."""
     cfg, pages_per_layer = base.cfg, -(-len(tokens_T) // PAGE)

@@ -102,6 +102,6 @@ class MLA(nnx.Module):
 
 
 def _per_head(subscripts: str, x_BTNX: jax.Array, w: nnx.Param) -> jax.Array:
-    """`jnp.einsum` of tokens [M, N, X] and each head's matrix: with tokens on one axis a GPU's result lies as kernels read it."""
+    """`jnp.einsum` of each head's X of every token (M = B T) and its matrix: with tokens on one axis a GPU's result lies as kernels read it."""
     y_MNY = jnp.einsum(subscripts, x_BTNX.reshape(-1, *x_BTNX.shape[2:]), w)
     return y_MNY.reshape(*x_BTNX.shape[:3], -1, out_sharding=specs.heads_BTNV)

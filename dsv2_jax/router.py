@@ -34,9 +34,11 @@ def route(x_BTD: jax.Array, w_router_DE: jax.Array, cfg: ModelConfig, slots_BT: 
     """
     limited = cfg.topk_method == "group_limited_greedy"
     limits = cfg.num_experts_per_tok, *((cfg.n_group, cfg.topk_group) if limited else (1, 1))
-    tokens = x_BTD[..., 0].size // jax.sharding.get_abstract_mesh().size
-    p = parts(tokens, cfg.n_routed_experts, inference=slots_BT is not None) if x_BTD.dtype == jnp.bfloat16 else 1
-    # Products of bfloat16 numbers are exact in float32.
+    tokens, depth = math.prod(x_BTD.shape[:2]) // jax.sharding.get_abstract_mesh().size, x_BTD.shape[2]
+    # Products of bfloat16 numbers are exact in float32. Those of float32 are summed in one order, whatever the batch.
+    p = 1
+    if x_BTD.dtype == jnp.bfloat16:
+        p = parts(tokens, depth, cfg.n_routed_experts, *limits, inference=slots_BT is not None)
     x_BTPX, w_PXE = x_BTD.reshape(*x_BTD.shape[:2], p, -1), w_router_DE.reshape(p, -1, cfg.n_routed_experts)
     logits_PBTE = einsum_float32("btpx,pxe->pbte", x_BTPX, w_PXE)
 

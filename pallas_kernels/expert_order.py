@@ -52,6 +52,7 @@ def unsupported(local_NK: jax.Array, num_experts: int) -> str | None:
 
 
 def inverse(row_NK: jax.Array, rows: int) -> Order:
+    """The order of pairs that go to these rows, each to one of its own; `rows` stands for none."""
     pairs = row_NK.size
     pair_M = jnp.full(rows, pairs, jnp.int32).at[row_NK.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
     return Order(pair_M, row_NK)

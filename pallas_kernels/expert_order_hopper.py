@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import PARAMS, vary_like
-from pallas_kernels.lanes import THREADS, count_bits, flat, gather, scatter
+from pallas_kernels.lanes import THREADS, count_bits, full, gather, iota, scatter, scatter_or
 
 WARPGROUPS = 8  # of the program, at most
 
@@ -31,12 +31,11 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int) -> tuple
         def indices(size, first=0, among=1):
             """One of `among` equal parts, in whole vectors of 128, of what covers 0 .. size - 1."""
             part = pl.cdiv(size, THREADS * among) * THREADS
-            layout = plgpu.Layout.WG_STRIDED((part,), vec_size=1)
-            return plgpu.broadcasted_iota(jnp.int32, (part,), 0, layout=layout) + first * part
+            return iota(part) + first * part
 
         def fill(x_ref, value):
             index = indices(x_ref.shape[0], own, warpgroups)
-            scatter(x_ref, index, plgpu.layout_cast(jnp.full_like(index, value), flat(index)))
+            scatter(x_ref, index, full(index, value))
 
         def meet():
             plgpu.commit_smem()
@@ -51,7 +50,7 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int) -> tuple
         fill(bits_smem, 0)
         fill(pair_gmem, pairs)
         meet()
-        scatter(bits_smem, jnp.where(here, mask * experts + expert, -1), bit, "or")
+        scatter_or(bits_smem, jnp.where(here, mask * experts + expert, -1), bit)
         meet()
 
         @pl.when(own == 0)
@@ -61,13 +60,13 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int) -> tuple
             scatter(size_gmem, index, size)
             scatter(padded_smem, index, lax.div(size + (unit - 1), jnp.full_like(size, unit)) * unit)
             plgpu.commit_smem()
-            start = index - index
-            for e in range(experts - 1):
+            start = full(index, 0)
+            for e in range(experts):
                 start += jnp.where(index > e, padded_smem[e], 0)
             scatter(start_smem, index, start)
             scatter(start_gmem, index, start)
 
-        earlier = expert - expert
+        earlier = full(expert, 0)
         for m in range(masks):
             counted = jnp.where(mask == m, bit - 1, jnp.where(mask > m, -1, 0))
             earlier += count_bits(gather(bits_smem, expert + m * experts) & counted)

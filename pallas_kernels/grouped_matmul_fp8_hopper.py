@@ -43,7 +43,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     all_steps, column_tiles = depth // BLOCK, columns // BLOCK
     most_blocks = (rows - experts) // tile_rows + experts  # whatever the sizes
     parts, part_steps = split(all_steps, most_blocks * column_tiles, consumers)
-    table = tickets.table(group_sizes_E, row_unit, row_unit, tile_rows, most_blocks, functools.partial(_whole, tile_rows))
+    table = tickets.table(group_sizes_E, row_unit, row_unit, tile_rows, most_blocks, _whole)
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
     width = 128 // jnp.dtype(dtype).itemsize  # columns stored at a time
     # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
@@ -188,7 +188,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     return functools.reduce(operator.add, out_PMF).astype(jnp.bfloat16)
 
 
-def _whole(most: int, rows, _, index):
+def _whole(rows, _, index, most):
     """A cut for `tickets.table`: all of an expert's blocks but the last are whole."""
     return index * most, jnp.minimum(rows - index * most, most)
 

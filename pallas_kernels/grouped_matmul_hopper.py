@@ -65,7 +65,7 @@ def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, s
     return _launch([x_MD], [w_gate_EDF, w_up_EDF], weight_M, group_sizes_E, row_unit, False, outs=3 if save else 1)
 
 
-def _equal(units, blocks, index):
+def _equal(units, blocks, index, _):
     """A cut for `tickets.table`: blocks as equal as can be."""
     height, taller = units // blocks, units % blocks
     return index * height + jnp.minimum(index, taller), height + (index < taller)
@@ -84,9 +84,9 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
     table = tickets.table(group_sizes_E, row_unit, 1, t.rows // row_unit, rows // t.rows + experts, _equal)
 
     def grouped_matmul(*refs):
+        (table_gmem, *weight_gmem), refs = refs[: 1 + gated], refs[1 + gated :]
         x_gmems, refs = refs[: len(xs_MA)], refs[len(xs_MA) :]
         w_gmems, refs = refs[: len(ws)], refs[len(ws) :]
-        (*weight_gmem, table_gmem), refs = refs[: 1 + gated], refs[1 + gated :]
         out_gmems, refs = refs[:outs], refs[outs:]
         x_smem, w_smem, out_smem, x_full, x_free, w_full, w_free, *ring = refs
         wg = lax.axis_index("wg")
@@ -289,4 +289,5 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         compiler_params=PARAMS,
     )
     weight = [lax.bitcast_convert_type(weight_M, jnp.int32)] if gated else []
-    return vary_like(xs_MA[0], kernel(*xs_MA, *ws, *weight, table))
+    # XLA launches what makes the operands in their order: the table comes before the gathering of rows, which takes all SMs.
+    return vary_like(xs_MA[0], kernel(table, *weight, *xs_MA, *ws))

@@ -44,6 +44,11 @@ def iota(size: int):
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=1))
 
 
+def full(like, value):
+    """A vector of one number."""
+    return plgpu.layout_cast(jnp.full_like(like, value), flat(like))
+
+
 def gather(x_ref, index):
     """Elements of a vector in global or shared memory, their 32 bits as int32; -1 where an index lies outside."""
 
@@ -56,14 +61,21 @@ def gather(x_ref, index):
     return run(x_ref, index)
 
 
-def scatter(x_ref, index, values, combine: str = "") -> None:
-    """Writes values to a vector in global or shared memory, or `combine`s them with what is there: nowhere for an index outside."""
+def scatter(x_ref, index, values) -> None:
+    """Writes values to a vector in global or shared memory: nowhere for an index outside."""
+    _scatter("st.{space}", x_ref, index, values)
 
+
+def scatter_or(x_ref, index, values) -> None:
+    """As `scatter`; sets bits in what is there."""
+    _scatter("red.{space}.or", x_ref, index, values)
+
+
+def _scatter(write: str, x_ref, index, values) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), flat(index), flat(index)))
     def run(_, x, index, values):
         place, space = _place(x)
-        write = f"red.{space['space']}.{combine}" if combine else f"st.{space['space']}"
-        code = SCATTER.format(size=x_ref.shape[0], write=write, **space)
+        code = SCATTER.format(size=x_ref.shape[0], write=write.format(**space), **space)
         for i, value in zip(words(index), words(values)):
             ptx(code, 0, i, value, place)
 

@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.hopper import PARAMS, SMS, drain, vary_like
-from pallas_kernels.lanes import THREADS, flat, gather, iota, scatter
+from pallas_kernels.lanes import THREADS, full, gather, iota, scatter
 
 AT_ONCE = 8  # experts of which a loop compares blocks with a thread's
 ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
@@ -32,7 +32,7 @@ def table(rows_E: jax.Array, unit: int, per_unit: int, most: int, capacity: int,
     Returns int32 [4, capacity]: the number of blocks; and the expert, the first row and the length of each. What lies past the last
     is of no meaning, but names some expert.
 
-    `cut(length, blocks, index)` says where a block begins within an expert of so many rows and blocks, and how long it is.
+    `cut(length, blocks, index, most)` says where a block begins within an expert of so many rows and blocks, and how long it is.
     """
     make = _table_hopper if choose(None, None) == "pallas" else _table_xla
     return make(rows_E.astype(jnp.int32), unit, per_unit, most, capacity, cut)
@@ -44,7 +44,7 @@ def _table_xla(rows_E, unit, per_unit, most, capacity, cut):
     ends_E = before(blocks_E) + blocks_E
     block = jnp.arange(capacity, dtype=jnp.int32)
     expert = jnp.minimum((block[:, None] >= ends_E).sum(axis=1, dtype=jnp.int32), blocks_E.size - 1)
-    begin, length = cut(lengths_E[expert], jnp.maximum(blocks_E, 1)[expert], block - (ends_E - blocks_E)[expert])
+    begin, length = cut(lengths_E[expert], jnp.maximum(blocks_E, 1)[expert], block - (ends_E - blocks_E)[expert], most)
     first = before(lengths_E)[expert] + begin
     return jnp.stack([jnp.full_like(first, ends_E[-1]), expert, first, length])
 
@@ -61,22 +61,19 @@ def _table_hopper(rows_E, unit, per_unit, most, capacity, cut):
         scatter(lengths_smem, every, lax.div(rows + (unit - 1), jnp.full_like(rows, unit)) * per_unit)
         plgpu.commit_smem()
 
-        def full(value):
-            return plgpu.layout_cast(jnp.full_like(block, value), flat(block))
-
         def pass_by(group, carry):
             begin, row, *own = carry
             for e in (group * AT_ONCE + i for i in range(AT_ONCE)):
-                length = gather(lengths_smem, full(e))  # the same in all threads
-                blocks = lax.div(length + (most - 1), full(most))
+                length = gather(lengths_smem, full(block, e))  # the same in all threads
+                blocks = lax.div(length + (most - 1), full(block, most))
                 here = (block >= begin) & (block < begin + blocks)
-                own = [jnp.where(here, its, x) for its, x in zip((full(e), row, length, blocks, block - begin), own)]
+                own = [jnp.where(here, its, x) for its, x in zip((full(block, e), row, length, blocks, block - begin), own)]
                 begin, row = begin + blocks, row + length
             return begin, row, *own
 
         groups = pl.cdiv(experts, AT_ONCE)
-        count, _, expert, row, length, blocks, index = lax.fori_loop(0, groups, pass_by, tuple(full(0) for _ in range(7)))
-        start, length = cut(length, jnp.maximum(blocks, 1), index)
+        count, _, expert, row, length, blocks, index = lax.fori_loop(0, groups, pass_by, tuple(full(block, 0) for _ in range(7)))
+        start, length = cut(length, jnp.maximum(blocks, 1), index, most)
         for field, values in enumerate((count, expert, row + start, length)):
             scatter(table_gmem, jnp.where(block < capacity, block + field * capacity, -1), values)
 

@@ -8,18 +8,20 @@ import jax.numpy as jnp
 
 from pallas_kernels import top_experts_hopper
 from pallas_kernels.dispatch import choose
+from pallas_kernels.lanes import LANES
 
 FEW = 1024  # tokens; of more, XLA's program is not what anything waits for
 PARTS = 8
 
 
-def parts(tokens: int, experts: int, inference: bool) -> int:
-    """In how many parts along D to make the router's product of a device's tokens: their sum is the logits.
+def parts(tokens: int, depth: int, *limits: int, inference: bool) -> int:
+    """In how many parts along D, its `depth`, to make the router's product of a device's tokens: their sum is the logits.
 
-    PARTS where `top_experts` is the Hopper kernel, which adds them up: a product of few rows over all of D runs on one or a few SMs (8
-    rows over 2048: 6 to 11 us on an H200).
+    PARTS where `top_experts`, with these `limits` (experts, choices, groups, top_groups), is the Hopper kernel, which adds them up: a
+    product of few rows over all of D runs on one or a few SMs (8 rows over 2048: 6 to 11 us on an H200).
     """
-    return PARTS if choose(None, unsupported(tokens, experts, inference)) == "pallas" else 1
+    kernel = choose(None, unsupported(tokens, *limits, inference=inference)) == "pallas"
+    return PARTS if kernel and depth % PARTS == 0 else 1
 
 
 def top_experts(
@@ -36,12 +38,14 @@ def top_experts(
 
     Args:
         logits_PNE: float32, parts whose sum is the logits.
-        slots_N: where the cache keeps a token, int32; one below 0 only fills up the batch, and has the id E, no expert. None: training.
+        slots_N: of inference: where the cache keeps a token, int32; one below 0 only fills up the batch, and has the id E, no expert.
+        choices: K; at most as many as the experts of `top_groups` groups.
         groups, top_groups: experts are taken of the `top_groups` groups alone that have the largest maximum.
 
     Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason.
     """
-    if choose(implementation, unsupported(*logits_PNE.shape[1:], slots_N is not None)) == "pallas":
+    limits = logits_PNE.shape[2], choices, groups, top_groups
+    if choose(implementation, unsupported(logits_PNE.shape[1], *limits, inference=slots_N is not None)) == "pallas":
         return top_experts_hopper.top_experts(logits_PNE, slots_N, choices, groups, top_groups)
     logits_NE = logits_PNE.sum(axis=0)
     # Logits have the order of scores, and do not underflow; finite, all of them differ from the -inf of what is not allowed.
@@ -59,7 +63,7 @@ def top_experts(
     return ids_NK, affinities_NK
 
 
-def unsupported(tokens: int, experts: int, inference: bool) -> str | None:
+def unsupported(tokens: int, experts: int, choices: int, groups: int, top_groups: int, *, inference: bool) -> str | None:
     """Why the Hopper kernel cannot take so much; None if it can."""
     if not inference:
         return "there are no slots: the kernel is for inference, and has no gradient"
@@ -67,6 +71,10 @@ def unsupported(tokens: int, experts: int, inference: bool) -> str | None:
         return f"there are {tokens} tokens, expected 1 to {FEW}"
     if experts > 256:
         return f"there are {experts} experts, expected 256 or fewer"
+    if groups > LANES or experts % groups:
+        return f"there are {groups} groups of {experts} experts, expected a divisor, {LANES} at most"
+    if choices > min(LANES, experts // groups * top_groups):
+        return f"{choices} experts are to be chosen, expected {LANES} at most, and no more than {top_groups} groups have"
     return None
 
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import PARAMS, vary_like
-from pallas_kernels.lanes import LANES, THREADS, gather, iota, scatter, warp_max, warp_min, warp_sum
+from pallas_kernels.lanes import LANES, THREADS, full, gather, iota, scatter, warp_max, warp_min, warp_sum
 
 TOKENS = THREADS // LANES  # of a program
 OUT = jnp.iinfo(jnp.int32).min  # below any number's integer
@@ -47,17 +47,17 @@ def top_experts(
         total = jnp.where((total >= 1.0) & (total < jnp.inf), total, jnp.nan)  # of logits that are not all finite
         if groups > 1:
             of_group = [lax.div(e, jnp.full_like(e, experts // groups)) for e in expert]
-            group_rank = lane - lane + OUT
+            group_rank = full(lane, OUT)
             for g in range(groups):
                 largest = functools.reduce(jnp.maximum, [jnp.where(own == g, r, OUT) for own, r in zip(of_group, rank)])
                 group_rank = jnp.where(lane == g, warp_max(largest), group_rank)
-            allowed = lane - lane
+            allowed = full(lane, 0)
             for _ in range(top_groups):
                 first = warp_min(jnp.where(group_rank == warp_max(group_rank), lane, LANES))
                 group_rank = jnp.where(lane == first, OUT, group_rank)
                 allowed |= jnp.left_shift(1, first)
             rank = [jnp.where((allowed >> own) & 1 == 1, r, OUT) for own, r in zip(of_group, rank)]
-        id_, chosen = lane - lane, lane - lane
+        id_, chosen = full(lane, 0), full(lane, 0)
         for k in range(choices):
             largest = warp_max(functools.reduce(jnp.maximum, rank))
             first = functools.reduce(jnp.minimum, [jnp.where(r == largest, e, experts) for r, e in zip(rank, expert)])
@@ -74,7 +74,9 @@ def top_experts(
         grid=(pl.cdiv(tokens, TOKENS),),
         grid_names=("program",),
         kernel_name="top_experts",
-        compiler_params=dataclasses.replace(PARAMS, approx_math=False),
+        compiler_params=dataclasses.replace(
+            PARAMS, approx_math=False
+        ),  # affinities as XLA has them, which it computes in prefill
     )
     ids_P, affinities_P = vary_like(logits_PNE, kernel(logits_PNE.reshape(-1), slots_N))
     return ids_P.reshape(tokens, choices), affinities_P.reshape(tokens, choices)

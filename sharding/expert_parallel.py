@@ -48,7 +48,8 @@ def routed_experts(
 
     Args:
         x_BTD: tokens, batch over data x expert.
-        experts_BTK, weights_BTK: chosen experts and float32 factors. The id `num_experts` stands for none: it travels nowhere.
+        experts_BTK, weights_BTK: chosen experts, those of a token all different, and float32 factors. The id `num_experts` stands for
+            none: it travels nowhere.
         experts: the experts' weights, [num_experts, ...] over expert.
         expert_fn: (experts, rows_MD, weight_M, group_sizes_E, row_unit) -> [M, D], weight * expert(row); see `grouped_matmul.py`.
         reach: the devices of an expert row that a token needs, at most and in the mean under uniform routing.
@@ -181,6 +182,7 @@ def take_rows(x_ND: jax.Array, order: Order) -> jax.Array:
     pairs = x_ND.dtype == jnp.bfloat16 and x_ND.shape[1] % 2 == 0
     x_NH = lax.bitcast_convert_type(x_ND.reshape(len(x_ND), -1, 2), jnp.uint32) if pairs else x_ND
     token_M = jnp.minimum(order.pair_M // order.row_NK.shape[1], len(x_ND) - 1)
+    # Not by `_gather`: of the comparison of what has been divided XLA makes a program of its own again.
     rows_MH = _where(order.pair_M < order.row_NK.size, x_NH.at[token_M].get(mode="promise_in_bounds"))
     return lax.bitcast_convert_type(rows_MH, x_ND.dtype).reshape(len(token_M), -1) if pairs else rows_MH
 

@@ -16,13 +16,17 @@ def gather(ref, index):
     return jnp.where(inside(ref, index), x[jnp.clip(index, 0, ref.shape[0] - 1)], -1)
 
 
-def scatter(ref, index, values, combine=""):
+def scatter(ref, index, values, combine=lambda new, old: new):
     def put(i, _):
         @pl.when(inside(ref, index[i]))
         def _():
-            ref[index[i]] = values[i] | ref[index[i]] if combine else values[i]
+            ref[index[i]] = combine(values[i], ref[index[i]])
 
     lax.fori_loop(0, index.size, put, None)
+
+
+def scatter_or(ref, index, values):
+    scatter(ref, index, values, lambda new, old: new | old)
 
 
 def count_bits(x):
@@ -41,5 +45,5 @@ warp_sum = of_warps(lambda x: lax.cumsum(x, axis=1) + lax.cumsum(x, axis=1, reve
 
 def install(monkeypatch, kernel) -> None:
     """In place of what the kernel's module has imported."""
-    for name in ("gather", "scatter", "count_bits", "warp_max", "warp_min", "warp_sum"):
+    for name in ("gather", "scatter", "scatter_or", "count_bits", "warp_max", "warp_min", "warp_sum"):
         monkeypatch.setattr(kernel, name, globals()[name], raising=False)

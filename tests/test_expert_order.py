@@ -28,6 +28,7 @@ IDS = {
     "no whole words": lambda rng: (distinct(rng, 77, 3, 5) - 2, 5),
     "all absent": lambda rng: (np.where(rng.random((40, 6)) < 0.5, -1, 64), 64),
     "one expert": lambda rng: (np.where(np.arange(6) == rng.integers(0, 6, (300, 1)), 17, 64), 64),
+    "one expert here": lambda rng: (np.where(np.arange(6) == rng.integers(0, 9, (50, 1)), 0, 1), 1),
     "one choice": lambda rng: (rng.integers(-1, 8, (700, 1)), 8),
 }
 

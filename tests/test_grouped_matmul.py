@@ -134,7 +134,7 @@ class TestInterpreterFewRows(TestInterpreter):
     SIZE, UNIT, SPARE = (30, 0, 5, 16, 1, *[0] * 11), 16, 0
 
 
-CUTS = [grouped_matmul_hopper._equal, functools.partial(grouped_matmul_fp8_hopper._whole, 12)]
+CUTS = [grouped_matmul_hopper._equal, grouped_matmul_fp8_hopper._whole]
 
 
 def blocks_of_rows_cover_each_expert_once(table, cases):

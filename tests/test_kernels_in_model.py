@@ -14,7 +14,15 @@ from sharding import specs
 
 KERNELS = {
     *("mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "mla_decode"),
-    *("expert_order_mosaic_gpu", "grouped_matmul_mosaic_gpu", "grouped_wgrad", "grouped_matmul_fp8", "quantise_rows"),
+    *(
+        "top_experts_mosaic_gpu",
+        "expert_order_mosaic_gpu",
+        "ticket_table",
+        "grouped_matmul_mosaic_gpu",
+        "grouped_wgrad",
+        "grouped_matmul_fp8",
+        "quantise_rows",
+    ),
 }
 ONE_LAYER = dataclasses.replace(v2_lite(), num_hidden_layers=1, first_k_dense_replace=0, vocab_size=256)
 
@@ -33,7 +41,7 @@ def test_training():
     config = dataclasses.replace(train_preset("v2_lite"), batch_size=1, seq_len=128, remat="elementwise")
     state, batch = train_state.abstract(ONE_LAYER, config), train_state.abstract_batch(config)
     attention = {"mla_attention_forward", "mla_attention_dkv", "mla_attention_dq"}
-    experts = {"expert_order_mosaic_gpu", "grouped_matmul_mosaic_gpu", "grouped_wgrad"}
+    experts = {"expert_order_mosaic_gpu", "ticket_table", "grouped_matmul_mosaic_gpu", "grouped_wgrad"}  # routing is XLA's
     assert kernels(jax.jit(train_state.gradient, static_argnums=2), state, batch, config) == attention | experts
 
 
@@ -44,6 +52,7 @@ def test_training():
 )
 def test_prefill_and_decode(fp8, cache_dtype, experts):
     decoder = model.abstract(ONE_LAYER, jnp.bfloat16, fp8)
+    experts = experts | {"top_experts_mosaic_gpu", "ticket_table"}
 
     def integers(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), specs.per_request_B))

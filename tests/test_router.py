@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import config
+from dsv2_jax import config, router
 from dsv2_jax.fields import InputError
 from dsv2_jax.router import Routing, balance, expert_load, reach, route
 
@@ -65,6 +65,21 @@ def test_router_works_in_float32_whatever_the_input():
     low, high = route(x_BTD, w_DE, CFG), route(x_BTD.astype(jnp.float32), w_DE.astype(jnp.float32), CFG)
     assert low.scores_BTE.dtype == low.weights_BTK.dtype == jnp.float32
     np.testing.assert_allclose(low.scores_BTE, high.scores_BTE, rtol=1e-5)  # the order of the sums; a bfloat16 sum is 1e-3 off
+
+
+def test_in_parts_the_product_is_the_same(monkeypatch):
+    """As a Hopper GPU has it made for few tokens of inference; what fills up the batch then needs no expert."""
+    x_BTD, w_DE = (
+        jax.random.normal(jax.random.key(0), (4, 5, 128), jnp.bfloat16),
+        jax.random.normal(jax.random.key(1), (128, 16), jnp.bfloat16),
+    )
+    slots_BT = jnp.where(jnp.arange(20).reshape(4, 5) % 3 == 0, -1, 7)
+    whole, padded = route(x_BTD, w_DE, CFG), route(x_BTD, w_DE, CFG, slots_BT)
+    monkeypatch.setattr(router, "parts", lambda *_, inference: 8 if inference else 1)
+    in_parts = route(x_BTD, w_DE, CFG, slots_BT)
+    np.testing.assert_array_equal(padded.experts_BTK, jnp.where(slots_BT[..., None] < 0, 16, whole.experts_BTK))
+    np.testing.assert_array_equal(in_parts.experts_BTK, padded.experts_BTK)
+    np.testing.assert_allclose(in_parts.weights_BTK, whole.weights_BTK, rtol=1e-5)  # the order of the sums
 
 
 def naive_balance(experts_BTK, scores_BTE, cfg):
