@@ -64,6 +64,11 @@ def test_schedule_covers_all_blocks_evenly_in_order(batch, heads, most):
             assert not np.asarray(schedule.cuts_B).any() and sum(loads > 0) == 128
 
 
+def test_parts_of_many_rows_are_few():
+    cuts = {heads: int(make_schedule(jnp.asarray([[1100]], jnp.int32), heads).cuts_B[0]) for heads in (16, 128)}
+    assert cuts == {16: 17, 128: 4}  # 18 blocks: a part each, or of four at least
+
+
 @pytest.mark.parametrize("cuts", [0, 1, 7, 8, 63, 64, 65, 131])
 def test_parts_of_a_request_are_merged_once_each(cuts):
     @jax.jit
