@@ -44,9 +44,9 @@ def iota(size: int):
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=1))
 
 
-def full(like, value):
-    """A vector of one number."""
-    return plgpu.layout_cast(jnp.full_like(like, value), flat(like))
+def full(x, value):
+    """A vector of one number, as long as x."""
+    return plgpu.layout_cast(jnp.full_like(x, value), flat(x))
 
 
 def gather(x_ref, index):
