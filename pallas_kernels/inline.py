@@ -24,7 +24,7 @@ def address(ref):
 
 
 def words(array) -> list:
-    """The registers of an array of float16 in layout WGMMA, or of a vector of int32."""
+    """The registers of an array of float16 in layout WGMMA, or of a vector of 32-bit numbers."""
     return [utils.bitcast(x, ir.IntegerType.get_signless(32)) for x in array.registers.flat]
 
 
