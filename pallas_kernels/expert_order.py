@@ -27,6 +27,9 @@ def expert_order(
 ) -> tuple[Order, jax.Array, jax.Array]:
     """Sorts pairs by expert, ties by pair, each expert's rows beginning at a multiple of `unit`; with sizes and first rows [E].
 
+    Tokens that fit one unit keep their places: token n has row n of the unit of each of its experts, whose size is a unit. Rows need
+    not be gathered then; every expert may be given all tokens.
+
     Args:
         local_NK: int32. Ids outside [0, num_experts) belong to other devices and get no row. The others of a token differ; where
             they do not, the kernel gives them one row between them.
@@ -36,8 +39,13 @@ def expert_order(
     """
     kernel = choose(implementation, unsupported(local_NK, num_experts)) == "pallas"
     order = expert_order_hopper.expert_order if kernel else _expert_order_xla
-    pair_M, row_NK, sizes_E, starts_E = order(local_NK, num_experts, unit, rows)
+    pair_M, row_NK, sizes_E, starts_E = order(local_NK, num_experts, unit, rows, keep_places(len(local_NK), unit))
     return Order(pair_M, row_NK), sizes_E, starts_E
+
+
+def keep_places(tokens: int, unit: int) -> bool:
+    """Whether so many tokens have the same rows in each expert's unit."""
+    return tokens <= unit
 
 
 def unsupported(local_NK: jax.Array, num_experts: int) -> str | None:
@@ -58,7 +66,7 @@ def inverse(row_NK: jax.Array, rows: int) -> Order:
     return Order(pair_M, row_NK)
 
 
-def _expert_order_xla(local_NK, num_experts, unit, rows):
+def _expert_order_xla(local_NK, num_experts, unit, rows, in_place):
     expert_P = local_NK.reshape(-1)
     expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
     index_P, index_E = jnp.arange(expert_P.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=jnp.int32)
@@ -71,6 +79,8 @@ def _expert_order_xla(local_NK, num_experts, unit, rows):
         sorted_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
         place_P = jnp.zeros_like(index_P).at[sorted_P].set(index_P, unique_indices=True)
         before_P = place_P - jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)[expert_P]
+    if in_place:
+        sizes_E, before_P = jnp.where(sizes_E > 0, unit, 0), index_P // local_NK.shape[1]
     starts_E = before(-(-sizes_E // unit) * unit)
     row_P = jnp.where(expert_P < num_experts, jnp.append(starts_E, 0)[expert_P] + before_P, rows).astype(jnp.int32)
     row_NK = row_P.reshape(local_NK.shape)

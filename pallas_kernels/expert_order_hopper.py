@@ -1,7 +1,8 @@
 """The order of few pairs by expert on Hopper, in one launch of one program: a decode step waits for it in every layer.
 
 Each expert has a bit for each token, in shared memory. Its size is the number of its bits, a pair's place among its expert's the
-number of those of earlier tokens. A thread has some pairs, from the reading of their ids to the writing of their rows.
+number of those of earlier tokens, or its token's number, where tokens keep their places. A thread has some pairs, from the reading of
+their ids to the writing of their rows.
 """
 
 import functools
@@ -18,8 +19,8 @@ from pallas_kernels.lanes import THREADS, count_bits, full, gather, iota, scatte
 WARPGROUPS = 8  # of the program, at most
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # lowered once a shape
-def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # lowered once a shape
+def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, in_place: bool) -> tuple[jax.Array, ...]:
     """pair_M, row_NK, sizes_E and starts_E of `expert_order.expert_order`."""
     (tokens, choices), pairs = ids_NK.shape, ids_NK.size
     masks = pl.cdiv(tokens, 32)  # words of an expert's bits
@@ -57,6 +58,8 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int) -> tuple
         def _():
             index = indices(experts)
             size = sum(count_bits(gather(bits_smem, index + m * experts)) for m in range(masks))
+            if in_place:
+                size = jnp.where(size > 0, full(index, unit), 0)
             scatter(size_gmem, index, size)
             scatter(padded_smem, index, lax.div(size + (unit - 1), jnp.full_like(size, unit)) * unit)
             plgpu.commit_smem()
@@ -66,12 +69,12 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int) -> tuple
             scatter(start_smem, index, start)
             scatter(start_gmem, index, start)
 
-        earlier = full(expert, 0)
-        for m in range(masks):
+        place = token if in_place else full(expert, 0)
+        for m in range(0 if in_place else masks):
             counted = jnp.where(mask == m, bit - 1, jnp.where(mask > m, -1, 0))
-            earlier += count_bits(gather(bits_smem, expert + m * experts) & counted)
+            place += count_bits(gather(bits_smem, expert + m * experts) & counted)
         meet()
-        row = jnp.where(here, gather(start_smem, expert) + earlier, rows)
+        row = jnp.where(here, gather(start_smem, expert) + place, rows)
         scatter(row_gmem, pair, row)
         scatter(pair_gmem, row, pair)
 

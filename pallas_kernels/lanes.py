@@ -87,6 +87,17 @@ def count_bits(x):
     return _each("popc.b32 $0, $1;", x)
 
 
+def pack_bfloat16(low, high):
+    """Two float32, rounded to bfloat16, in one int32."""
+    low, high = (lax.bitcast_convert_type(x, jnp.int32) for x in (low, high))
+
+    @plgpu.inline_mgpu(arg_types=(flat(low), flat(high)), return_type=_result(low))
+    def run(_, low, high):
+        return like(low, [ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", 1, *pair)[0] for pair in zip(words(low), words(high))])
+
+    return run(low, high)
+
+
 def warp_max(x):
     """The largest of a warp's int32, in all of its lanes."""
     return _each("redux.sync.max.s32 $0, $1, -1;", x)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import decode_parts
 from pallas_kernels.decode_schedule import BLOCK, Piece, Schedule, merge, pieces
 from pallas_kernels.hopper import COL, PARAMS, WGMMA, registers, spread, swizzled
 
@@ -32,6 +33,8 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
     batch, rows, _ = q_latent_BMC.shape
     workers, tokens, table_pages = len(schedule.request_W1) - 1, positions_BT.shape[1], table_BP.shape[1]
     dtype = q_latent_BMC.dtype
+    few = batch <= decode_parts.FEW  # their parts are added by another program
+    places = workers + batch if few else workers  # of parts
     stages = 3 if rows == 16 else 2
     unit = scale * LOG2E
     column_max, column_sum = (_column_reduction(op, rows) for op in ("max", "add"))
@@ -42,7 +45,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         q_full, q_free, k_full, k_free, rope_full, rope_free = barriers
         own = lax.axis_index("warpgroup")
         worker = workers - 1 - lax.axis_index("worker")  # see `merge`
-        partial_ready = pl.get_global(plgpu.SemaphoreType.REGULAR((workers, 2)))
+        partial_ready = None if few else pl.get_global(plgpu.SemaphoreType.REGULAR((workers, 2)))
         half = pl.ds(own * HALF, HALF)
 
         def load_latents():
@@ -135,7 +138,10 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             return done
 
         def finish(piece: Piece, acc, m, total):
-            """Adds the results of later parts of the request, and writes the sum: the output, or what an earlier part will add."""
+            """Adds the results of later parts of the request, and writes the sum: the output, or what an earlier part will add.
+
+            Of few requests every part is written as it is.
+            """
 
             def add(offset, carry):
                 acc, m, total = carry
@@ -147,8 +153,17 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 acc = acc * spread(decay, acc.shape, 1) + part * spread(weight, acc.shape, 1)
                 return acc, highest, total * decay + weight
 
-            acc, m, total = merge(piece, add, (acc, m, total))
+            if not few:
+                acc, m, total = merge(piece, add, (acc, m, total))
             out = acc * spread(jnp.where(total > 0, 1 / total, 0.0), acc.shape, 1)
+
+            def write_part(place):
+                partial_gmem[place, half] = out
+                lse_gmem[own, place] = m + jnp.log2(total)
+
+            if few:
+                write_part(decode_parts.place_of(piece, worker, workers))
+                return
 
             @pl.when(piece.part == 0)
             def _():
@@ -161,8 +176,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
             @pl.when(piece.part > 0)
             def _():
-                partial_gmem[worker, half] = out
-                lse_gmem[own, worker] = m + jnp.log2(total)
+                write_part(worker)
                 plgpu.commit_smem()  # all threads have written
                 plgpu.semaphore_signal(partial_ready.at[worker, own], memory_scope="gpu")
 
@@ -185,8 +199,8 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         body,
         out_type=(
             jax.ShapeDtypeStruct((batch, rows, LATENT), dtype),
-            jax.ShapeDtypeStruct((workers, LATENT, rows), jnp.float32),
-            jax.ShapeDtypeStruct((2, workers, rows), jnp.float32),
+            jax.ShapeDtypeStruct((places, LATENT, rows), jnp.float32),
+            jax.ShapeDtypeStruct((2, places, rows), jnp.float32),
         ),
         grid=(workers,),
         grid_names=("worker",),
@@ -208,8 +222,8 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         ],
         compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),
     )
-    out_BMC, _, _ = kernel(q_latent_BMC, q_rope_BMR, positions_BT, pages.latent, pages.rope, table_BP, *schedule)
-    return out_BMC
+    out_BMC, parts_PCM, lse = kernel(q_latent_BMC, q_rope_BMR, positions_BT, pages.latent, pages.rope, table_BP, *schedule)
+    return decode_parts.add_parts(parts_PCM, lse[0], schedule) if few else out_BMC
 
 
 @functools.cache

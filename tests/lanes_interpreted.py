@@ -33,6 +33,10 @@ def count_bits(x):
     return lax.population_count(x)
 
 
+def pack_bfloat16(low, high):
+    return lax.bitcast_convert_type(jnp.stack([low, high], axis=-1).astype(jnp.bfloat16), jnp.int32)
+
+
 def of_warps(function):
     """By running sums and their like in both directions: the interpreter broadcasts nothing within a mesh."""
     return lambda x: function(x.reshape(-1, LANES)).reshape(x.shape)
@@ -45,5 +49,5 @@ warp_sum = of_warps(lambda x: lax.cumsum(x, axis=1) + lax.cumsum(x, axis=1, reve
 
 def install(monkeypatch, kernel) -> None:
     """In place of what the kernel's module has imported."""
-    for name in ("gather", "scatter", "scatter_or", "count_bits", "warp_max", "warp_min", "warp_sum"):
+    for name in ("gather", "scatter", "scatter_or", "count_bits", "pack_bfloat16", "warp_max", "warp_min", "warp_sum"):
         monkeypatch.setattr(kernel, name, globals()[name], raising=False)

@@ -40,7 +40,7 @@ class OrderCases:
 
     @pytest.mark.parametrize("unit", [1, 16])
     @pytest.mark.parametrize("case", IDS)
-    def test_rows_are_sorted_by_expert_and_pair(self, case, unit):
+    def test_rows_are_sorted_by_expert_and_pair_or_keep_places(self, case, unit):
         ids_NK, experts = IDS[case](np.random.default_rng(0))
         rows = padded_rows(ids_NK.size, experts, unit) + 3 * unit
         run = jax.jit(functools.partial(type(self).order, num_experts=experts, unit=unit, rows=rows))
@@ -48,10 +48,13 @@ class OrderCases:
         pair_M, row_P, start = np.full(rows, ids_NK.size), np.full(ids_NK.size, rows), 0
         for e in range(experts):
             pairs = np.flatnonzero(ids_NK == e)
-            assert (sizes_E[e], starts_E[e]) == (len(pairs), start)
-            row_P[pairs] = np.arange(start, start + len(pairs))
+            size, places = len(pairs), np.arange(len(pairs))
+            if len(ids_NK) <= unit:  # tokens keep their places
+                size, places = unit * (size > 0), pairs // ids_NK.shape[1]
+            assert (sizes_E[e], starts_E[e]) == (size, start)
+            row_P[pairs] = start + places
             pair_M[row_P[pairs]] = pairs
-            start += -(-len(pairs) // unit) * unit
+            start += -(-size // unit) * unit
         np.testing.assert_array_equal(order.row_NK, row_P.reshape(ids_NK.shape))
         np.testing.assert_array_equal(order.pair_M, pair_M)
 
@@ -76,14 +79,15 @@ class TestPallas(OrderCases):
         assert_repeats(run, jnp.asarray(ids_NK, jnp.int32))
 
 
-@pytest.mark.parametrize("case, warpgroups", [("one token", 8), ("no whole words", 8), ("no whole words", 1)])
+@pytest.mark.parametrize("case, warpgroups", [("one token", 8), ("eight tokens", 8), ("no whole words", 8), ("no whole words", 1)])
 def test_interpreter(case, warpgroups, monkeypatch):
     """The kernel but for its PTX, which the interpreter does not run: one element after the other instead."""
 
     lanes_interpreted.install(monkeypatch, expert_order_hopper)
     monkeypatch.setattr(expert_order_hopper, "WARPGROUPS", warpgroups)
     ids_NK, experts = IDS[case](np.random.default_rng(0))
-    operands = jnp.asarray(ids_NK, jnp.int32), experts, 16, padded_rows(ids_NK.size, experts, 16)
+    in_place = expert_order.keep_places(len(ids_NK), 16)
+    operands = jnp.asarray(ids_NK, jnp.int32), experts, 16, padded_rows(ids_NK.size, experts, 16), in_place
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = expert_order_hopper.expert_order.__wrapped__(*operands)  # traced anew: nothing of other tests
     for a, b in zip(got, expert_order._expert_order_xla(*operands), strict=True):

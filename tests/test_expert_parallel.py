@@ -88,6 +88,16 @@ def test_what_does_not_fit_travels_and_is_multiplied_in_further_rounds(mesh_shap
     compare(load, mesh_shape, dispatch)
 
 
+@pytest.mark.parametrize("mesh_shape, dispatch", [((1, 1), None), ((4, 2), "all_to_all"), ((2, 4), "all_gather")])
+@pytest.mark.parametrize("load", LOADS)
+def test_tokens_that_fit_one_unit_are_not_gathered(mesh_shape, dispatch, load, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "row_unit", lambda *_: 256)
+    repeat, calls = expert_parallel.repeat_rows, []
+    monkeypatch.setattr(expert_parallel, "repeat_rows", lambda *operands: calls.append(operands) or repeat(*operands))
+    compare(load, mesh_shape, dispatch)
+    assert calls
+
+
 @pytest.mark.parametrize("mesh_shape, dispatch", [((1, 1), None), ((1, 2), "all_to_all"), ((1, 2), "all_gather")])
 def test_the_backward_pass_scatters_no_rows(mesh_shape, dispatch, monkeypatch):
     monkeypatch.setattr(expert_order, "FEW", 0)

@@ -20,8 +20,9 @@ class TestPallas(DecodeCases):
     DTYPE, DIMS, BOUND = jnp.bfloat16, (512, 64), 6e-3
 
     @pytest.mark.parametrize("tokens, heads", [(1, 128), (1, 16)])
-    def test_repeats_bit_for_bit(self, tokens, heads):
-        operands = self.operands(tokens, heads, tuple(np.random.default_rng(1).integers(0, 6000, 40)))
+    @pytest.mark.parametrize("batch", [7, 40])
+    def test_repeats_bit_for_bit(self, tokens, heads, batch):
+        operands = self.operands(tokens, heads, tuple(np.random.default_rng(1).integers(0, 6000, batch)))
         assert_repeats(jax.jit(lambda *a: type(self).decode(*a, scale=0.2)), *operands)
 
 
@@ -94,12 +95,12 @@ def absent(tokens, heads, batch=4, pages=8, dtype=jnp.bfloat16):
     return *q, cache, array(jnp.int32, batch, pages), array(jnp.int32, batch, tokens)
 
 
-@pytest.mark.parametrize("tokens, heads", [(1, 128), (2, 96), (1, 16), (3, 16)])
-def test_compiles_for_cuda(tokens, heads, monkeypatch):
+@pytest.mark.parametrize("tokens, heads, batch", [(1, 128, 4), (2, 96, 4), (1, 16, 4), (1, 16, 40), (3, 16, 4), (3, 16, 40)])
+def test_compiles_for_cuda(tokens, heads, batch, monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: "NVIDIA H200")
     decode = jax.jit(lambda *a: mla_decode.mla_decode(*a, scale=0.1, implementation="pallas"))
-    text = decode.trace(*absent(tokens, heads)).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text
+    text = decode.trace(*absent(tokens, heads, batch)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text and ("add_parts" in text) == (heads == 16 and batch == 4)  # of few requests
 
 
 @pytest.mark.parametrize("heads", [16, 128])
