@@ -27,7 +27,7 @@ from dsv2_jax.pages import PagePool
 from dsv2_jax.prompts import check_tokens
 from dsv2_jax.rotation import rotated
 from dsv2_jax.sampling import MAX_LOGPROBS, History, Sampled, Sampling, SamplingArrays, check, to_arrays, to_history
-from dsv2_jax.steps import Batch, begin_history, decode, next_tokens, prefill
+from dsv2_jax.steps import Batch, begin_history, decode, fences, next_tokens, prefill
 from pallas_kernels.latent_pages import PAGE
 from sharding import specs
 
@@ -146,6 +146,7 @@ class Engine:
         seats = self._devices * max_batch
         self._pages = latent_cache.empty(self.cfg, self.num_pages, self.cache_dtype)
         self._tokens = place(np.zeros(seats, np.int32))  # the last token of the request in each seat
+        self._fences = fences()
         self._history: History | None = None  # made when a request first needs it
         self._pools = [PagePool(self.num_pages) for _ in range(self._devices)]
         self._free_seats = [list(range(max_batch)) for _ in range(self._devices)]
@@ -399,7 +400,7 @@ class Engine:
         answers = [answer for mine in by_device for answer in mine + [None] * (rows - len(mine))]
         if answers != self._rows:
             self._rows, self._rows_asked = answers, _Asked.by(answers)
-        *sent, self.used_experts = decode(self.model, self._pages, self._tokens, place(rows_BX.reshape(-1, 2 + pages)))
+        *sent, self.used_experts = decode(self.model, self._pages, self._tokens, rows_BX.reshape(-1, 2 + pages))
         self._send(sent, answers, self._rows_asked)
 
     def _send(self, sent: Sequence[Any], answers: list[_Answer | None], asked: "_Asked") -> None:

@@ -7,6 +7,7 @@ Letters: B batch, T positions, D model, N heads, H nope dim, R rope dim, V value
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from dsv2_jax.config import ModelConfig
 from dsv2_jax.context import Context
 from dsv2_jax.projections import project
 from dsv2_jax.rope import rotate, softmax_scale
+from pallas_kernels.absorb_queries import absorb_queries
 from pallas_kernels.latent_pages import LatentPages
 from pallas_kernels.mla_attention import mla_attention
 from sharding import specs
@@ -73,16 +75,18 @@ class MLA(nnx.Module):
         Returns:
             the attention output [B, T, D] in x's dtype, and the pages with the tokens in them.
         """
-        q_nope_BTNH, q_rope_BTNR = self._queries(x_BTD, ctx)
+        q_BTNX = self._queries(x_BTD)
+        q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
+        q_rope_BTNR = rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)
         c_kv_BTC = rms_norm(project("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
         k_rope_BTR = rotate(jnp.einsum("btd,dr->btr", x_BTD, self.w_kr), ctx.cos_BTJ, ctx.sin_BTJ)
         layers, scale = self.cfg.num_hidden_layers, softmax_scale(self.cfg)
         if pages is not None:
             pages = cache.write(pages, c_kv_BTC, k_rope_BTR, ctx, layer, layers)
         if ctx.table_BP is not None:
-            q_latent_BTNC = _per_head("mnh,cnh->mnc", q_nope_BTNH, self.w_uk)
+            q_latent_BTNC = _each_token(absorb_queries, q_BTNX, self.w_uk)
             o_latent_BTNC = cache.attend(q_latent_BTNC, q_rope_BTNR, pages, ctx, layer, layers, scale)
-            o_BTNV = _per_head("mnc,cnv->mnv", o_latent_BTNC, self.w_uv)
+            o_BTNV = _each_token(functools.partial(jnp.einsum, "mnc,cnv->mnv"), o_latent_BTNC, self.w_uv)
         else:
             k_nope_BTNH = jnp.einsum("btc,cnh->btnh", c_kv_BTC, self.w_uk)
             v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, self.w_uv)
@@ -91,17 +95,17 @@ class MLA(nnx.Module):
             o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
         return project("btk,kd->btd", o_BTNV.reshape(*x_BTD.shape[:2], -1), self.w_o), pages
 
-    def _queries(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    def _queries(self, x_BTD: jax.Array) -> jax.Array:
         if self.cfg.q_lora_rank is None:
-            q_BTNX = project("btd,dnx->btnx", x_BTD, self.w_q)
-        else:
-            c_q_BTQ = rms_norm(project("btd,dq->btq", x_BTD, self.w_dq), self.q_norm[...], LATENT_NORM_EPS)
-            q_BTNX = project("btq,qnx->btnx", c_q_BTQ, self.w_uq)
-        q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
-        return q_nope_BTNH, rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)
+            return project("btd,dnx->btnx", x_BTD, self.w_q)
+        c_q_BTQ = rms_norm(project("btd,dq->btq", x_BTD, self.w_dq), self.q_norm[...], LATENT_NORM_EPS)
+        return project("btq,qnx->btnx", c_q_BTQ, self.w_uq)
 
 
-def _per_head(subscripts: str, x_BTNX: jax.Array, w: nnx.Param) -> jax.Array:
-    """`jnp.einsum` of each head's X of every token (M = B T) and its matrix: with tokens on one axis a GPU's result lies as kernels read it."""
-    y_MNY = jnp.einsum(subscripts, x_BTNX.reshape(-1, *x_BTNX.shape[2:]), w)
-    return y_MNY.reshape(*x_BTNX.shape[:3], -1, out_sharding=specs.heads_BTNV)
+def _each_token(multiply: Callable, x_BTNX: jax.Array, w: nnx.Param) -> jax.Array:
+    """Products of each head's X of every token and its matrix. With tokens on one axis, M = B T, a GPU's results lie as kernels read them."""
+
+    def island(x_BTNX, w):
+        return multiply(x_BTNX.reshape(-1, *x_BTNX.shape[2:]), w).reshape(*x_BTNX.shape[:3], -1)
+
+    return jax.shard_map(island, out_specs=specs.heads_BTNV)(x_BTNX, w[...])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv2_jax.cache import Cache
 from dsv2_jax.model import Decoder, head_logits
@@ -31,6 +32,9 @@ DECODE_OPTIONS = OPTIONS | {
     # step has many small kernels (V2-Lite on an H200: 12% less time at 1 request, and 18% at 256 with 8-bit weights). Collectives are in no graph.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
+
+
+ROOMS, ROOM = 16, 2 << 20  # of small results, and their bytes: rows of a decode step are the largest of them
 
 
 class Batch(NamedTuple):
@@ -72,11 +76,10 @@ def prefill(model: Decoder, pages: LatentPages, batch: Batch) -> tuple[LatentPag
 
 
 @functools.partial(jax.jit, donate_argnames="pages", compiler_options=DECODE_OPTIONS)
-def decode(
-    model: Decoder, pages: LatentPages, tokens_S: jax.Array, rows_BX: jax.Array
-) -> tuple[LatentPages, Last, jax.Array | None]:
+def decode(model: Decoder, pages: LatentPages, tokens_S: jax.Array, rows_BX: Any) -> tuple[LatentPages, Last, jax.Array | None]:
     """One more token of every request: rows are its seat, the position of its last token (-1: none), and its pages.
 
+    Rows may come from the host: it takes a fifth of the time to hand them over like that than to put them on devices first.
     Also returns how many experts of each MoE layer the tokens use.
     """
 
@@ -87,6 +90,7 @@ def decode(
         tokens_B = tokens_S[jnp.maximum(seat_B, 0)]
         return seat_B, positions_B, tokens_B[:, None], positions_B[:, None], slots_B[:, None], table_BP
 
+    rows_BX = jax.reshard(rows_BX, specs.per_request_B)
     seat_B, positions_B, tokens_BT, positions_BT, slots_BT, table_BP = _local(unpack, rows_BX, tokens_S)
     cache = Cache(pages, slots_BT, table_BP)
     hidden_B1D, pages, stats = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache, unroll=True)
@@ -130,6 +134,20 @@ def begin_history(history: History, seat_D: jax.Array, new: History) -> History:
         return old_SV.at[jnp.where(seat_D < 0, len(old_SV), seat_D)].set(new_1V, mode="drop")
 
     return jax.tree.map(lambda old_SV, new_1V: _local(put, old_SV, seat_D, new_1V), history, new)
+
+
+def fences() -> list[jax.Array]:
+    """Arrays to be held as long as steps are run: between them is room for small results, which then never take that of large temporaries.
+
+    These come to lie at the same place in every step. Where they do not, the CUDA graph of a decode step has changed addresses in each
+    of its hundreds of kernels, and the host is busy with that for longer than the GPU is with the step: V2-Lite, one request on an H200
+    beside a slow host, 6.3 ms, and 2.5 with fences.
+    """
+    if not jax.devices()[0].memory_stats():  # a CPU
+        return []
+    mesh = jax.sharding.get_mesh()
+    blocks = [jax.device_put(np.zeros(ROOM, np.uint8), jax.NamedSharding(mesh, specs.replicated)) for _ in range(2 * ROOMS)]
+    return jax.block_until_ready(blocks)[::2]
 
 
 def compilations() -> int:

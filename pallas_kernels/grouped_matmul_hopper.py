@@ -61,7 +61,10 @@ def matmul(xs_MA: list, ws: list, group_sizes_E: jax.Array, row_unit: int, trans
 
 
 def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, save: bool) -> list[jax.Array]:
-    """[weight * silu(x @ w_gate) * (x @ w_up)], rounded once, and with `save` both products too: each [M, F]."""
+    """[weight * silu(x @ w_gate) * (x @ w_up)], rounded once, and with `save` both products too: each [M, F].
+
+    Of `row_unit` rows, fewer than weights, each group has all.
+    """
     return _launch([x_MD], [w_gate_EDF, w_up_EDF], weight_M, group_sizes_E, row_unit, False, outs=3 if save else 1)
 
 
@@ -72,8 +75,9 @@ def _equal(units, blocks, index, _):
 
 
 def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool, outs: int) -> list[jax.Array]:
-    rows, experts = xs_MA[0].shape[0], group_sizes_E.shape[0]
     dtype, gated = xs_MA[0].dtype, weight_M is not None
+    rows, experts = len(weight_M if gated else xs_MA[0]), group_sizes_E.shape[0]
+    same = len(xs_MA[0]) < rows  # for every group
     columns = ws[0].shape[1 if transposed else 2]
     width = 64 if gated else 128  # of a consumer's result
     t = tiling(row_unit, rows, experts)
@@ -111,7 +115,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
             pl.when(step >= t.x_stages)(lambda: plgpu.barrier_wait(x_free.at[s]))
 
             def copy(pair, ks):
-                x = x_gmems[pair].at[pl.ds(first, height), ks]
+                x = x_gmems[pair].at[pl.ds(0 if same else first, height), ks]
                 plgpu.copy_gmem_to_smem(x, x_smem.at[s, pl.ds(0, height)], x_full.at[s])
 
             per_pair(k, copy)

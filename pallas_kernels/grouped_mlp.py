@@ -2,7 +2,8 @@
 
 A row's router weight scales its hidden values in float32, before they are rounded, and not its output. Combining is then a plain
 sum, and the weight's gradient needs no output: it is the product of the hidden values with their own gradient. Rows of no group,
-and rows that pad a group: see grouped_matmul.py. Letters: see reference.py; D model, F hidden.
+and rows that pad a group: see grouped_matmul.py. x may also have `row_unit` rows, those of every group: these then all have that many,
+to most of which the weights give nothing. Letters: see reference.py; D model, F hidden.
 """
 
 import functools
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.dispatch import choose
 from pallas_kernels.einsum import PRODUCT
 from pallas_kernels.grouped_matmul import PARTS, unsupported
+from pallas_kernels.grouped_matmul_xla import repeated
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("row_unit", "implementation"))
@@ -24,17 +26,18 @@ def grouped_mlp(
 
     Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason.
     """
-    parts = _parts(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
+    parts = _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
     (hidden_MF,) = parts.swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit, save=False)
     return parts.matmul([hidden_MF], [w_down_EFD], group_sizes_E, row_unit)
 
 
-def _parts(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation):
-    return PARTS[choose(implementation, unsupported(x_MD, [w_gate_EDF, w_up_EDF, w_down_EFD], row_unit))]
+def _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation):
+    rows_MD = jax.ShapeDtypeStruct((len(weight_M), x_MD.shape[1]), x_MD.dtype)
+    return PARTS[choose(implementation, unsupported(rows_MD, [w_gate_EDF, w_up_EDF, w_down_EFD], row_unit))]
 
 
 def _forward(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, row_unit, implementation):
-    parts = _parts(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
+    parts = _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
     hidden_MF, gate_MF, up_MF = parts.swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit, save=True)
     out_MD = parts.matmul([hidden_MF], [w_down_EFD], group_sizes_E, row_unit)
     products = checkpoint_name(gate_MF, PRODUCT), checkpoint_name(up_MF, PRODUCT)
@@ -42,16 +45,19 @@ def _forward(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, ro
 
 
 def _backward(row_unit, implementation, saved, dout_MD):
-    x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, gate_MF, up_MF = saved
-    parts = _parts(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
+    few_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, gate_MF, up_MF = saved
+    x_MD = repeated(few_MD, len(weight_M))
+    parts = _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
     dhidden_MF = parts.matmul([dout_MD], [w_down_EFD], group_sizes_E, row_unit, transposed=True)
     used = (-(-group_sizes_E // row_unit) * row_unit).sum()
     in_group_M = jnp.arange(x_MD.shape[0]) < used
     hidden_MF, dgate_MF, dup_MF, dweight_M = _swiglu_gradients(gate_MF, up_MF, dhidden_MF, weight_M, in_group_M)
     (dw_down_EFD,) = parts.weight_gradients(hidden_MF, [dout_MD], group_sizes_E, row_unit, w_down_EFD.dtype)
     dx_MD = parts.matmul([dgate_MF, dup_MF], [w_gate_EDF, w_up_EDF], group_sizes_E, row_unit, transposed=True)
+    if len(few_MD) < len(x_MD):
+        dx_MD = jnp.where(in_group_M[:, None], dx_MD, 0).reshape(-1, *few_MD.shape).sum(axis=0, dtype=jnp.float32)
     dw_EDF = parts.weight_gradients(x_MD, [dgate_MF, dup_MF], group_sizes_E, row_unit, w_gate_EDF.dtype)
-    return dx_MD, dweight_M, *dw_EDF, dw_down_EFD, None
+    return dx_MD.astype(x_MD.dtype), dweight_M, *dw_EDF, dw_down_EFD, None
 
 
 def _swiglu_gradients(gate_MF, up_MF, dhidden_MF, weight_M, in_group_M) -> list[jax.Array]:

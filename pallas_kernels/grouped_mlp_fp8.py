@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul_fp8 import Fp8Weights, grouped_matmul_fp8, no_gradient, quantise_rows
+from pallas_kernels.grouped_matmul_xla import repeated
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("row_unit", "implementation"))
@@ -33,7 +34,7 @@ def grouped_mlp_fp8(
     multiply = functools.partial(
         grouped_matmul_fp8, group_sizes_E=group_sizes_E, row_unit=row_unit, implementation=implementation
     )
-    columns = x_MD.shape[1]
+    columns, x_MD = x_MD.shape[1], repeated(x_MD, len(weight_M))
     x = quantise_rows(jnp.pad(x_MD, ((0, 0), (0, w_gate.values_EFK.shape[2] - columns))), implementation)
     gate_MF, up_MF = (multiply(x, w).astype(jnp.float32) for w in (w_gate, w_up))
     hidden_MF = weight_M[:, None] * jax.nn.silu(gate_MF) * up_MF

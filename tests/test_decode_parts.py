@@ -23,7 +23,7 @@ def test_interpreter(blocks, rows, monkeypatch):
     lse_PM = np.full((workers + batch, rows), np.nan, np.float32)
     wanted_BMC = np.zeros((batch, rows, LATENT))
     cuts_B, first_B = np.asarray(schedule.cuts_B), np.asarray(schedule.first_B)
-    assert cuts_B.max() > 2 * decode_parts.AT_ONCE
+    assert cuts_B.max() > decode_parts.AT_ONCE
     for b in range(batch):
         places = [workers + b, *range(first_B[b], first_B[b] + cuts_B[b])]
         values_PCM = rng.normal(size=(len(places), LATENT, rows))

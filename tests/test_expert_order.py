@@ -79,7 +79,9 @@ class TestPallas(OrderCases):
         assert_repeats(run, jnp.asarray(ids_NK, jnp.int32))
 
 
-@pytest.mark.parametrize("case, warpgroups", [("one token", 8), ("eight tokens", 8), ("no whole words", 8), ("no whole words", 1)])
+@pytest.mark.parametrize(
+    "case, warpgroups", [("one token", 8), ("eight tokens", 8), ("no whole words", 8), ("no whole words", 1)]
+)
 def test_interpreter(case, warpgroups, monkeypatch):
     """The kernel but for its PTX, which the interpreter does not run: one element after the other instead."""
 

@@ -13,7 +13,7 @@ from pallas_kernels import dispatch
 from sharding import specs
 
 KERNELS = {
-    *("mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "mla_decode"),
+    *("mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "mla_decode", "absorb_queries", "add_parts"),
     *(
         "top_experts_mosaic_gpu",
         "expert_order_mosaic_gpu",
@@ -63,5 +63,7 @@ def test_prefill_and_decode(fp8, cache_dtype, experts):
         assert kernels(steps.prefill, decoder, pages, fresh) == {"mla_attention_forward"} | experts
     if cache_dtype == "bfloat16" and not fp8:
         further = steps.Batch(*[integers(2, 64)] * 4, integers(2, 16), integers(2), integers(2))
-        assert kernels(steps.prefill, decoder, pages, further) == {"mla_decode"} | experts
-    assert kernels(steps.decode, decoder, pages, integers(4), integers(4, 2 + 16)) == {"mla_decode"} | experts
+        assert kernels(steps.prefill, decoder, pages, further) == {"mla_decode", "absorb_queries"} | experts
+    few = {"add_parts"} if cache_dtype == "bfloat16" else set()  # of requests: their parts are added apart
+    for rows, attention in ((8, {"mla_decode", "absorb_queries"} | few), (64, {"mla_decode", "absorb_queries"})):
+        assert kernels(steps.decode, decoder, pages, integers(rows), integers(rows, 2 + 16)) == attention | experts
