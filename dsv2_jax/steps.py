@@ -79,7 +79,7 @@ def prefill(model: Decoder, pages: LatentPages, batch: Batch) -> tuple[LatentPag
 def decode(model: Decoder, pages: LatentPages, tokens_S: jax.Array, rows_BX: Any) -> tuple[LatentPages, Last, jax.Array | None]:
     """One more token of every request: rows are its seat, the position of its last token (-1: none), and its pages.
 
-    Rows may come from the host: it takes a fifth of the time to hand them over like that than to put them on devices first.
+    Rows come from the host as they are: to put them on the devices first takes it several times as long.
     Also returns how many experts of each MoE layer the tokens use.
     """
 

@@ -52,10 +52,8 @@ def _absorb_hopper(q_MNX, w_uk_CNH):
         plgpu.copy_gmem_to_smem(q_gmem.at[:, head, pl.ds(0, nope)], q_smem, full)
         plgpu.barrier_wait(full)
 
-        def multiply(acc):
-            plgpu.wgmma(
-                acc, w_smem, q_smem.transpose((1, 0))
-            )  # wgmma's rows are latents: there are 64 of them, however few tokens
+        def multiply(acc):  # wgmma's 64 rows are latents, its columns tokens, however few
+            plgpu.wgmma(acc, w_smem, q_smem.transpose((1, 0)))
             return acc[...]
 
         out_smem.transpose((1, 0))[...] = pl.run_scoped(multiply, plgpu.ACC((BLOCK, tokens), jnp.float32)).astype(dtype)

@@ -26,6 +26,7 @@ IDS = {
     "a batch": lambda rng: (distinct(rng, 256, 6, 64), 64),
     "many experts": lambda rng: (distinct(rng, 512, 6, 160), 160),
     "no whole words": lambda rng: (distinct(rng, 77, 3, 5) - 2, 5),
+    "words of one warpgroup each": lambda rng: (distinct(rng, 90, 4, 6), 6),
     "all absent": lambda rng: (np.where(rng.random((40, 6)) < 0.5, -1, 64), 64),
     "one expert": lambda rng: (np.where(np.arange(6) == rng.integers(0, 6, (300, 1)), 17, 64), 64),
     "one expert here": lambda rng: (np.where(np.arange(6) == rng.integers(0, 9, (50, 1)), 0, 1), 1),
@@ -80,10 +81,11 @@ class TestPallas(OrderCases):
 
 
 @pytest.mark.parametrize(
-    "case, warpgroups", [("one token", 8), ("eight tokens", 8), ("no whole words", 8), ("no whole words", 1)]
+    "case, warpgroups", [("one token", 8), ("eight tokens", 8), ("words of one warpgroup each", 8), ("no whole words", 1)]
 )
 def test_interpreter(case, warpgroups, monkeypatch):
-    """The kernel but for its PTX, which the interpreter does not run: one element after the other instead."""
+    """The kernel but for its PTX, which the interpreter does not run: one element after the other instead, and bits are not set
+    atomically, so that no two warpgroups may have bits of one word."""
 
     lanes_interpreted.install(monkeypatch, expert_order_hopper)
     monkeypatch.setattr(expert_order_hopper, "WARPGROUPS", warpgroups)
