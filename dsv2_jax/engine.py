@@ -146,11 +146,12 @@ class Engine:
         seats = self._devices * max_batch
         self._pages = latent_cache.empty(self.cfg, self.num_pages, self.cache_dtype)
         self._tokens = place(np.zeros(seats, np.int32))  # the last token of the request in each seat
-        self._fences = fences()
         self._history: History | None = None  # made when a request first needs it
         self._pools = [PagePool(self.num_pages) for _ in range(self._devices)]
         self._free_seats = [list(range(max_batch)) for _ in range(self._devices)]
         self._tables = np.zeros((self._devices, max_batch, -(-self.cfg.max_position_embeddings // PAGE)), np.int32)
+        row = 4 * max(2 + self._tables.shape[2], self.cfg.hidden_size)  # bytes that a decode step takes or gives, at most
+        self._fences = fences(max_batch * row)  # to be held, not read
         self._waiting: collections.deque[_Answer] = collections.deque()
         self._running: list[_Answer] = []  # those with a seat, in the order in which they came to it
         self._flights: collections.deque[tuple[Sampled, list[_Answer | None]]] = collections.deque()
@@ -400,7 +401,10 @@ class Engine:
         answers = [answer for mine in by_device for answer in mine + [None] * (rows - len(mine))]
         if answers != self._rows:
             self._rows, self._rows_asked = answers, _Asked.by(answers)
-        *sent, self.used_experts = decode(self.model, self._pages, self._tokens, rows_BX.reshape(-1, 2 + pages))
+        rows_BX = rows_BX.reshape(-1, 2 + pages)
+        if self._devices > 1:  # each has its own
+            rows_BX = place(rows_BX)
+        *sent, self.used_experts = decode(self.model, self._pages, self._tokens, rows_BX)
         self._send(sent, answers, self._rows_asked)
 
     def _send(self, sent: Sequence[Any], answers: list[_Answer | None], asked: "_Asked") -> None:

@@ -34,7 +34,7 @@ DECODE_OPTIONS = OPTIONS | {
 }
 
 
-ROOMS, ROOM = 16, 2 << 20  # of small results, and their bytes: rows of a decode step are the largest of them
+ROOMS = 16  # for results that the host has not read, or that the next program is still to read
 
 
 class Batch(NamedTuple):
@@ -79,7 +79,7 @@ def prefill(model: Decoder, pages: LatentPages, batch: Batch) -> tuple[LatentPag
 def decode(model: Decoder, pages: LatentPages, tokens_S: jax.Array, rows_BX: Any) -> tuple[LatentPages, Last, jax.Array | None]:
     """One more token of every request: rows are its seat, the position of its last token (-1: none), and its pages.
 
-    Rows come from the host as they are: to put them on the devices first takes it several times as long.
+    Rows for one device may come from the host as they are: to put them there first takes several times as long.
     Also returns how many experts of each MoE layer the tokens use.
     """
 
@@ -136,17 +136,17 @@ def begin_history(history: History, seat_D: jax.Array, new: History) -> History:
     return jax.tree.map(lambda old_SV, new_1V: _local(put, old_SV, seat_D, new_1V), history, new)
 
 
-def fences() -> list[jax.Array]:
-    """Arrays to be held as long as steps are run: between them is room for small results, which then never take that of large temporaries.
+def fences(room: int) -> list[jax.Array]:
+    """Arrays to be held as long as steps are run: between them is room for results of up to so many bytes, ROOMS times.
 
-    These come to lie at the same place in every step. Where they do not, the CUDA graph of a decode step has changed addresses in each
-    of its hundreds of kernels, and the host is busy with that for longer than the GPU is with the step: V2-Lite, one request on an H200
-    beside a slow host, 6.3 ms, and 2.5 with fences.
+    Else these may take the room of a program's temporaries while the next program is sent, whose own then lie elsewhere; all addresses in
+    the CUDA graph of a decode step have changed, hundreds of kernels', and the host is busy with them for longer than the GPU is with the
+    step: V2-Lite, one request on an H200 beside a slow host, 6.3 ms, and 2.5 with fences.
     """
     if not jax.devices()[0].memory_stats():  # a CPU
         return []
     mesh = jax.sharding.get_mesh()
-    blocks = [jax.device_put(np.zeros(ROOM, np.uint8), jax.NamedSharding(mesh, specs.replicated)) for _ in range(2 * ROOMS)]
+    blocks = [jax.device_put(np.zeros(room, np.uint8), jax.NamedSharding(mesh, specs.replicated)) for _ in range(2 * ROOMS)]
     return jax.block_until_ready(blocks)[::2]
 
 

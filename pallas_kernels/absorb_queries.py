@@ -35,8 +35,10 @@ def unsupported(q_MNX: jax.Array, w_uk_CNH: jax.Array) -> str | None:
     if len(q_MNX) % 8 or not 0 < len(q_MNX) <= FEW:
         return f"there are {len(q_MNX)} tokens, expected a multiple of 8 up to {FEW}"
     latent, _, nope = w_uk_CNH.shape
-    if latent % BLOCK or latent < 2 * BLOCK or nope % 64 or nope < 128:
-        return f"latent and nope dims are {latent} and {nope}, expected multiples of 64 from 128 up"
+    if latent % BLOCK or latent < 2 * BLOCK or nope not in (128, 192, 256):
+        return f"latent and nope dims are {latent} and {nope}, expected multiples of 64 from 128 up, the latter to 256"
+    if q_MNX.shape[2] % 8:
+        return f"queries have {q_MNX.shape[2]} dims, expected a multiple of 8"
     return None
 
 

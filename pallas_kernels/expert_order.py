@@ -39,11 +39,11 @@ def expert_order(
     """
     kernel = choose(implementation, unsupported(local_NK, num_experts)) == "pallas"
     order = expert_order_hopper.expert_order if kernel else _expert_order_xla
-    pair_M, row_NK, sizes_E, starts_E = order(local_NK, num_experts, unit, rows, keep_places(len(local_NK), unit))
+    pair_M, row_NK, sizes_E, starts_E = order(local_NK, num_experts, unit, rows, places_kept(len(local_NK), unit))
     return Order(pair_M, row_NK), sizes_E, starts_E
 
 
-def keep_places(tokens: int, unit: int) -> bool:
+def places_kept(tokens: int, unit: int) -> bool:
     """Whether so many tokens have the same rows in each expert's unit."""
     return tokens <= unit
 
@@ -66,7 +66,7 @@ def inverse(row_NK: jax.Array, rows: int) -> Order:
     return Order(pair_M, row_NK)
 
 
-def _expert_order_xla(local_NK, num_experts, unit, rows, in_place):
+def _expert_order_xla(local_NK, num_experts, unit, rows, places_kept):
     expert_P = local_NK.reshape(-1)
     expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
     index_P, index_E = jnp.arange(expert_P.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=jnp.int32)
@@ -79,7 +79,7 @@ def _expert_order_xla(local_NK, num_experts, unit, rows, in_place):
         sorted_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
         place_P = jnp.zeros_like(index_P).at[sorted_P].set(index_P, unique_indices=True)
         before_P = place_P - jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)[expert_P]
-    if in_place:
+    if places_kept:
         sizes_E, before_P = jnp.where(sizes_E > 0, unit, 0), index_P // local_NK.shape[1]
     starts_E = before(-(-sizes_E // unit) * unit)
     row_P = jnp.where(expert_P < num_experts, jnp.append(starts_E, 0)[expert_P] + before_P, rows).astype(jnp.int32)

@@ -20,7 +20,7 @@ WARPGROUPS = 8  # of the program, at most
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # lowered once a shape
-def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, in_place: bool) -> tuple[jax.Array, ...]:
+def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, places_kept: bool) -> tuple[jax.Array, ...]:
     """pair_M, row_NK, sizes_E and starts_E of `expert_order.expert_order`."""
     (tokens, choices), pairs = ids_NK.shape, ids_NK.size
     masks = pl.cdiv(tokens, 32)  # words of an expert's bits
@@ -58,7 +58,7 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, in_place
         def _():
             index = indices(experts)
             size = sum(count_bits(gather(bits_smem, index + m * experts)) for m in range(masks))
-            if in_place:
+            if places_kept:
                 size = jnp.where(size > 0, full(index, unit), 0)
             scatter(size_gmem, index, size)
             scatter(padded_smem, index, lax.div(size + (unit - 1), jnp.full_like(size, unit)) * unit)
@@ -69,8 +69,8 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, in_place
             scatter(start_smem, index, start)
             scatter(start_gmem, index, start)
 
-        place = token if in_place else full(expert, 0)
-        for m in range(0 if in_place else masks):
+        place = token if places_kept else full(expert, 0)
+        for m in range(0 if places_kept else masks):
             counted = jnp.where(mask == m, bit - 1, jnp.where(mask > m, -1, 0))
             place += count_bits(gather(bits_smem, expert + m * experts) & counted)
         meet()

@@ -1,8 +1,8 @@
 """Grouped expert matmul: rows in expert order, each multiplied with its own expert's matrix, forward and backward.
 
 Groups begin at multiples of `row_unit`, so that a block of `row_unit` rows belongs to one expert. Rows of no group, behind the
-last one, are never read; what is in them afterwards is not specified. Rows that pad a group to `row_unit` must be zero, and come
-out as zero. Letters: see reference.py.
+last one, are never read; what is in them afterwards is not specified. Rows that pad a group to `row_unit` must be zero (in grouped_mlp.py: have
+weight zero), and come out as zero. Letters: see reference.py.
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 A row's router weight scales its hidden values in float32, before they are rounded, and not its output. Combining is then a plain
 sum, and the weight's gradient needs no output: it is the product of the hidden values with their own gradient. Rows of no group,
-and rows that pad a group: see grouped_matmul.py. x may also have `row_unit` rows, those of every group: these then all have that many,
-to most of which the weights give nothing. Letters: see reference.py; D model, F hidden.
+and rows that pad a group: see grouped_matmul.py. x may also be [row_unit, D], the same rows for every group: each group's size is then
+row_unit or 0, and the weights of rows that are not its own are zero. Letters: see reference.py; D model, F hidden.
 """
 
 import functools
@@ -24,11 +24,19 @@ def grouped_mlp(
 ) -> jax.Array:
     """See `reference.grouped_mlp`: same arguments, and the same result in rows of groups; differentiable in all but the sizes.
 
-    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason.
+    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason; or if x has neither as many rows as there are
+        weights nor `row_unit`.
     """
+    check_rows(x_MD, weight_M, row_unit)
     parts = _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
     (hidden_MF,) = parts.swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit, save=False)
     return parts.matmul([hidden_MF], [w_down_EFD], group_sizes_E, row_unit)
+
+
+def check_rows(x_MD: jax.Array, weight_M: jax.Array, row_unit: int) -> None:
+    """Raises: ValueError, if the rows are neither all nor those of every group."""
+    if len(x_MD) not in (row_unit, len(weight_M)):
+        raise ValueError(f"x has {len(x_MD)} rows, expected {len(weight_M)}, as there are weights, or row_unit, {row_unit}")
 
 
 def _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation):

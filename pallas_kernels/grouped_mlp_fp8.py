@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul_fp8 import Fp8Weights, grouped_matmul_fp8, no_gradient, quantise_rows
 from pallas_kernels.grouped_matmul_xla import repeated
+from pallas_kernels.grouped_mlp import check_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("row_unit", "implementation"))
@@ -29,8 +30,10 @@ def grouped_mlp_fp8(
     Both dimensions of the weights are multiples of 128, beyond what they hold zeros; x may have fewer columns than D, which then
     come back.
 
-    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason; TypeError, if it is differentiated.
+    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason, or if x has neither as many rows as there are
+        weights nor `row_unit`; TypeError, if it is differentiated.
     """
+    check_rows(x_MD, weight_M, row_unit)
     multiply = functools.partial(
         grouped_matmul_fp8, group_sizes_E=group_sizes_E, row_unit=row_unit, implementation=implementation
     )

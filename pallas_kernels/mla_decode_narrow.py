@@ -137,11 +137,20 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             finish(piece, acc, m, column_sum(total, scratch_smem.at[own]))
             return done
 
+        def normalised(acc, total):
+            return acc * spread(jnp.where(total > 0, 1 / total, 0.0), acc.shape, 1)
+
+        def write_part(place, out, m, total):
+            partial_gmem[place, half] = out
+            lse_gmem[own, place] = m + jnp.log2(total)
+
         def finish(piece: Piece, acc, m, total):
             """Adds the results of later parts of the request, and writes the sum: the output, or what an earlier part will add.
 
             Of few requests every part is written as it is.
             """
+            if few:
+                return write_part(decode_parts.place_of(piece, worker, workers), normalised(acc, total), m, total)
 
             def add(offset, carry):
                 acc, m, total = carry
@@ -153,17 +162,8 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
                 acc = acc * spread(decay, acc.shape, 1) + part * spread(weight, acc.shape, 1)
                 return acc, highest, total * decay + weight
 
-            if not few:
-                acc, m, total = merge(piece, add, (acc, m, total))
-            out = acc * spread(jnp.where(total > 0, 1 / total, 0.0), acc.shape, 1)
-
-            def write_part(place):
-                partial_gmem[place, half] = out
-                lse_gmem[own, place] = m + jnp.log2(total)
-
-            if few:
-                write_part(decode_parts.place_of(piece, worker, workers))
-                return
+            acc, m, total = merge(piece, add, (acc, m, total))
+            out = normalised(acc, total)
 
             @pl.when(piece.part == 0)
             def _():
@@ -176,7 +176,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
             @pl.when(piece.part > 0)
             def _():
-                write_part(worker)
+                write_part(worker, out, m, total)
                 plgpu.commit_smem()  # all threads have written
                 plgpu.semaphore_signal(partial_ready.at[worker, own], memory_scope="gpu")
 

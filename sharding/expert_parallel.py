@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.expert_order import Order, expert_order, inverse, keep_places
+from pallas_kernels.expert_order import Order, expert_order, inverse, places_kept
 from pallas_kernels.grouped_matmul import padded_rows, row_unit
 from sharding import specs
 from sharding.rounds import in_rounds
@@ -140,7 +140,7 @@ def _multiply(x_ND, ids_NK, weights_NK, experts, *, expert_fn, fair_pairs: int) 
     def multiply_rows(operands, order, sizes_E):
         x_ND, weights_NK, experts = operands
         with jax.named_scope("experts"):
-            if keep_places(len(x_ND), unit):
+            if places_kept(len(x_ND), unit):
                 rows_MD = jnp.pad(x_ND, ((0, unit - len(x_ND)), (0, 0)))
             else:
                 rows_MD = take_rows(x_ND, order)

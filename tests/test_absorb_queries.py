@@ -61,6 +61,8 @@ def test_interpreter():
         (12, (192, 128, 512), jnp.bfloat16, "12 tokens"),
         (264, (192, 128, 512), jnp.bfloat16, "264 tokens"),
         (8, (96, 64, 512), jnp.bfloat16, "512 and 64"),
+        (8, (384, 320, 512), jnp.bfloat16, "512 and 320"),
+        (8, (196, 128, 512), jnp.bfloat16, "196 dims"),
     ],
 )
 def test_the_kernel_says_what_it_needs(tokens, dims, dtype, message, monkeypatch):

@@ -9,10 +9,10 @@ from pallas_kernels import decode_parts
 from pallas_kernels.decode_schedule import BLOCK, make_schedule
 from tests import lanes_interpreted
 
-LATENT = 64
+LATENT = 128
 
 
-@pytest.mark.parametrize("blocks, rows", [([18], 16), ([1, 0, 30], 16), ([3, 100], 32)])
+@pytest.mark.parametrize("blocks, rows", [([18], 16), ([1, 0, 30], 16), ([100], 48)])
 def test_interpreter(blocks, rows, monkeypatch):
     """The kernel but for its PTX. Every fifth row of some parts, and one of all parts, has seen no token."""
     lanes_interpreted.install(monkeypatch, decode_parts)

@@ -90,8 +90,8 @@ def test_interpreter(case, warpgroups, monkeypatch):
     lanes_interpreted.install(monkeypatch, expert_order_hopper)
     monkeypatch.setattr(expert_order_hopper, "WARPGROUPS", warpgroups)
     ids_NK, experts = IDS[case](np.random.default_rng(0))
-    in_place = expert_order.keep_places(len(ids_NK), 16)
-    operands = jnp.asarray(ids_NK, jnp.int32), experts, 16, padded_rows(ids_NK.size, experts, 16), in_place
+    kept = expert_order.places_kept(len(ids_NK), 16)
+    operands = jnp.asarray(ids_NK, jnp.int32), experts, 16, padded_rows(ids_NK.size, experts, 16), kept
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = expert_order_hopper.expert_order.__wrapped__(*operands)  # traced anew: nothing of other tests
     for a, b in zip(got, expert_order._expert_order_xla(*operands), strict=True):

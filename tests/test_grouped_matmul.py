@@ -9,7 +9,14 @@ import pytest
 from jax import P
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch, grouped_matmul_fp8_hopper, grouped_matmul_hopper, grouped_wgrad_hopper, tickets
+from pallas_kernels import (
+    dispatch,
+    grouped_matmul_fp8_hopper,
+    grouped_matmul_hopper,
+    grouped_matmul_xla,
+    grouped_wgrad_hopper,
+    tickets,
+)
 from pallas_kernels.grouped_matmul import grouped_matmul, padded_rows, row_unit
 from pallas_kernels.grouped_mlp import grouped_mlp
 from tests import lanes_interpreted
@@ -116,6 +123,14 @@ class TestInterpreter(Bfloat16):
         for out_MF, wanted in zip(outs, (hidden, gate, up), strict=True):
             self.by_group(out_MF, wanted)
 
+    def test_swiglu_of_rows_that_every_group_has(self):
+        sizes_E = 16 * jnp.asarray([1, 0, 1, 1, 0, 1], jnp.int32)
+        x_UD, weight_M = (jnp.asarray(self.rng.normal(size=shape), jnp.bfloat16) for shape in ((16, 64), (96,)))
+        w_gate_EDF, w_up_EDF = (self.weights(self.rng, 6, 64, 192) for _ in range(2))
+        operands = x_UD, weight_M.astype(jnp.float32), w_gate_EDF, w_up_EDF, sizes_E, 16, False
+        (got_MF,), (wanted_MF,) = grouped_matmul_hopper.swiglu(*operands), grouped_matmul_xla.swiglu(*operands)
+        close(exact(got_MF[:64]), exact(wanted_MF[:64]), self.BOUND)
+
     @pytest.mark.parametrize("arrays, block", [(1, 64), (2, 16)])
     def test_weight_gradients(self, arrays, block):
         x_MA, *dys_MB = (self.rows(self.rng, self.group_rows(self.SIZE, block), 192)[1] for _ in range(1 + arrays))
@@ -214,6 +229,12 @@ def test_the_kernel_says_what_it_needs(change, message, monkeypatch):
     run = functools.partial(grouped_matmul, row_unit=operands["unit"], implementation="pallas")
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(run, operands["x"], operands["w"], jax.ShapeDtypeStruct((4,), jnp.int32))
+
+
+def test_rows_are_all_or_those_of_every_group():
+    x_MD, weight_M, sizes_E = jnp.zeros((8, 16)), jnp.zeros(16), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="x has 8 rows, expected 16, as there are weights, or row_unit, 4"):
+        grouped_mlp(x_MD, weight_M, *[jnp.zeros((2, 16, 16))] * 3, sizes_E, 4)
 
 
 def test_padded_rows_always_suffice():
