@@ -140,7 +140,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
         def normalised(acc, total):
             return acc * spread(jnp.where(total > 0, 1 / total, 0.0), acc.shape, 1)
 
-        def write_part(place, out, m, total):
+        def write_part(out, m, total, place):
             partial_gmem[place, half] = out
             lse_gmem[own, place] = m + jnp.log2(total)
 
@@ -150,7 +150,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
             Of few requests every part is written as it is.
             """
             if few:
-                return write_part(decode_parts.place_of(piece, worker, workers), normalised(acc, total), m, total)
+                return write_part(normalised(acc, total), m, total, decode_parts.place_of(piece, worker, workers))
 
             def add(offset, carry):
                 acc, m, total = carry
@@ -176,7 +176,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
 
             @pl.when(piece.part > 0)
             def _():
-                write_part(worker, out, m, total)
+                write_part(out, m, total, worker)
                 plgpu.commit_smem()  # all threads have written
                 plgpu.semaphore_signal(partial_ready.at[worker, own], memory_scope="gpu")
 
