@@ -62,12 +62,11 @@ class DecodeStep:
 
     def trace(self, path: str) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            with jax.profiler.trace(directory, create_perfetto_trace=True):
+            with jax.profiler.trace(directory):
                 self.run(TRACED, choose=True)
-            (found,) = glob.glob(f"{directory}/**/perfetto_trace.json.gz", recursive=True)
+            (found,) = glob.glob(f"{directory}/**/*.trace.json.gz", recursive=True)
             with gzip.open(found) as file:
-                trace = json.load(file)
-        events = trace["traceEvents"] if isinstance(trace, dict) else trace
+                events = json.load(file)["traceEvents"]
         threads = [event for event in events if event.get("name") == "thread_name"]
         streams = {(event["pid"], event["tid"]) for event in threads if "Stream" in event["args"]["name"]}
         kernels = sorted(
@@ -92,7 +91,7 @@ def main(argv: list[str]) -> None:
         print("requests  tokens  step ms (median)  with choice (median)   tokens/s")
         for requests, context in loads:
             step = DecodeStep(decoder, cache_dtype, requests, context)
-            fences = steps.fences(4 * len(step.rows) * max(step.rows.shape[1], decoder.cfg.hidden_size))  # as the engine does
+            fences = steps.fences(decoder, len(step.rows), step.rows.shape[1] - 2)
             step.run(STEPS, choose=True)
             alone, both = zip(*((step.run(STEPS, choose=False), step.run(STEPS, choose=True)) for _ in range(ROUNDS)))
             texts = [f"{min(times):8.3f} ({statistics.median(times):.3f})" for times in (alone, both)]

@@ -150,8 +150,7 @@ class Engine:
         self._pools = [PagePool(self.num_pages) for _ in range(self._devices)]
         self._free_seats = [list(range(max_batch)) for _ in range(self._devices)]
         self._tables = np.zeros((self._devices, max_batch, -(-self.cfg.max_position_embeddings // PAGE)), np.int32)
-        row = 4 * max(2 + self._tables.shape[2], self.cfg.hidden_size)  # bytes that a decode step takes or gives, at most
-        self._fences = fences(max_batch * row)  # to be held, not read
+        self._fences = fences(model, max_batch, self._tables.shape[2])  # to be held, not read
         self._waiting: collections.deque[_Answer] = collections.deque()
         self._running: list[_Answer] = []  # those with a seat, in the order in which they came to it
         self._flights: collections.deque[tuple[Sampled, list[_Answer | None]]] = collections.deque()

@@ -136,8 +136,8 @@ def begin_history(history: History, seat_D: jax.Array, new: History) -> History:
     return jax.tree.map(lambda old_SV, new_1V: _local(put, old_SV, seat_D, new_1V), history, new)
 
 
-def fences(room: int) -> list[jax.Array]:
-    """Arrays to be held as long as steps are run: between them is room for results of up to so many bytes, ROOMS times.
+def fences(model: Decoder, rows: int, pages: int) -> list[jax.Array]:
+    """Arrays to be held as long as steps of so many rows and pages a row are run: between them is room, ROOMS times, for what goes in or out.
 
     Else these may take the room of a program's temporaries while the next program is sent, whose own then lie elsewhere; all addresses in
     the CUDA graph of a decode step have changed, hundreds of kernels', and the host is busy with them for longer than the GPU is with the
@@ -145,8 +145,9 @@ def fences(room: int) -> list[jax.Array]:
     """
     if not jax.devices()[0].memory_stats():  # a CPU
         return []
-    mesh = jax.sharding.get_mesh()
-    blocks = [jax.device_put(np.zeros(room, np.uint8), jax.NamedSharding(mesh, specs.replicated)) for _ in range(2 * ROOMS)]
+    largest = np.zeros(rows * max(4 * (2 + pages), model.embed.dtype.itemsize * model.cfg.hidden_size), np.uint8)
+    whole = jax.NamedSharding(jax.sharding.get_mesh(), specs.replicated)
+    blocks = [jax.device_put(largest, whole) for _ in range(2 * ROOMS)]
     return jax.block_until_ready(blocks)[::2]
 
 

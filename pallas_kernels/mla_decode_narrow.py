@@ -198,7 +198,7 @@ def decode(q_latent_BMC, q_rope_BMR, positions_BT, pages, table_BP, schedule: Sc
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((batch, rows, LATENT), dtype),
+            jax.ShapeDtypeStruct((batch, rows, LATENT), dtype),  # not written of few requests
             jax.ShapeDtypeStruct((places, LATENT, rows), jnp.float32),
             jax.ShapeDtypeStruct((2, places, rows), jnp.float32),
         ),
