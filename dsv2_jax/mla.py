@@ -19,10 +19,12 @@ from dsv2_jax.context import Context
 from dsv2_jax.projections import project
 from dsv2_jax.rope import rotate, softmax_scale
 from pallas_kernels.absorb_queries import absorb_queries
+from pallas_kernels.einsum import einsum_float32
 from pallas_kernels.latent_pages import LatentPages
 from pallas_kernels.mla_attention import mla_attention
 from sharding import specs
 
+PARTS = 16  # of the rope keys' product
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
 
 
@@ -79,7 +81,9 @@ class MLA(nnx.Module):
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
         q_rope_BTNR = rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)
         c_kv_BTC = rms_norm(project("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
-        k_rope_BTR = rotate(jnp.einsum("btd,dr->btr", x_BTD, self.w_kr), ctx.cos_BTJ, ctx.sin_BTJ)
+        k_rope_BTR = rotate(
+            self._rope_keys(x_BTD, decode=ctx.table_BP is not None and x_BTD.shape[1] == 1), ctx.cos_BTJ, ctx.sin_BTJ
+        )
         layers, scale = self.cfg.num_hidden_layers, softmax_scale(self.cfg)
         if pages is not None:
             pages = cache.write(pages, c_kv_BTC, k_rope_BTR, ctx, layer, layers)
@@ -94,6 +98,13 @@ class MLA(nnx.Module):
             attend = jax.shard_map(functools.partial(mla_attention, scale=scale), out_specs=specs.heads_BTNV)
             o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
         return project("btk,kd->btd", o_BTNV.reshape(*x_BTD.shape[:2], -1), self.w_o), pages
+
+    def _rope_keys(self, x_BTD: jax.Array, decode: bool) -> jax.Array:
+        if not decode or x_BTD.dtype != jnp.bfloat16 or x_BTD.shape[2] % PARTS:
+            return jnp.einsum("btd,dr->btr", x_BTD, self.w_kr)
+        # A product of few tokens with so few columns runs on one SM, for longer than that with all queries: in parts on many.
+        x_BTPX, w_PXR = x_BTD.reshape(*x_BTD.shape[:2], PARTS, -1), self.w_kr.reshape(PARTS, -1, self.w_kr.shape[1])
+        return einsum_float32("btpx,pxr->pbtr", x_BTPX, w_PXR).sum(axis=0).astype(x_BTD.dtype)
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         if self.cfg.q_lora_rank is None:

@@ -84,14 +84,11 @@ class DeepSeekMoE(nnx.Module):
         )
         if cfg.n_shared_experts is not None:
             with jax.named_scope("shared"):
-                if ctx.slots_BT is None or x_BTD.shape[1] > 1:
-                    y_BTD += self.shared(x_BTD)
-                else:
-                    # A decode step waits for one small kernel after another, which find no room on the GPU while large ones run: these
-                    # begin when the experts are chosen, which the compiler cannot know to be true of all. Nor does the last product
-                    # here take the sum into itself, for which it would wait for the routed experts.
-                    after_BTD = jnp.where(routing.experts_BTK[..., :1] >= 0, x_BTD, 0)
-                    y_BTD += jax.lax.optimization_barrier(self.shared(after_BTD))
+                shared_BTD = self.shared(x_BTD)
+                if ctx.slots_BT is not None and x_BTD.shape[1] == 1:
+                    # In a decode step the last product shall not take the sum into itself: it would wait for the routed experts.
+                    shared_BTD = jax.lax.optimization_barrier(shared_BTD)
+                y_BTD += shared_BTD
         return y_BTD, balance(routing, cfg) | {
             "experts": routing.experts_BTK,
             "load": expert_load(routing.experts_BTK, cfg.n_routed_experts).astype(jnp.int32).sum(axis=0),

@@ -18,7 +18,7 @@ from pallas_kernels.lanes import THREADS, full, gather, iota, pack_bfloat16, sca
 
 FEW = 16  # requests, at most; where the two ways are level has not been measured
 LOWEST = -1e30  # the logarithm of no sum: finite, so that differences are numbers
-ROWS, LATENTS = 16, 64  # of a program
+ROWS, LATENTS = 16, 32  # of a program
 AT_ONCE = 6  # parts whose reads a thread has under way
 
 

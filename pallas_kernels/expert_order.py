@@ -1,8 +1,9 @@
-"""The order of token-expert pairs by expert: the row that each pair goes to, and the pair that each row holds.
+"""The order of token-expert pairs by expert: the row that each pair goes to, the pair that each row holds, and its weight.
 
 Letters: N tokens, K experts a token, P token-expert pairs, E experts, M rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,10 +23,11 @@ class Order(NamedTuple):
     row_NK: jax.Array  # the row that holds a pair; M for none
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnames=("num_experts", "unit", "rows", "implementation"))
 def expert_order(
-    local_NK: jax.Array, num_experts: int, unit: int, rows: int, implementation: str | None = None
-) -> tuple[Order, jax.Array, jax.Array]:
-    """Sorts pairs by expert, ties by pair, each expert's rows beginning at a multiple of `unit`; with sizes and first rows [E].
+    local_NK: jax.Array, weights_NK: jax.Array, num_experts: int, unit: int, rows: int, implementation: str | None = None
+) -> tuple[Order, jax.Array, jax.Array, jax.Array]:
+    """Sorts pairs by expert, ties by pair, each expert's rows beginning at a multiple of `unit`. Differentiable in the weights.
 
     Tokens that fit one unit keep their places: token n has row n of the unit of each of its experts, whose size is a unit. Rows need
     not be gathered then; every expert may be given all tokens.
@@ -33,14 +35,31 @@ def expert_order(
     Args:
         local_NK: int32. Ids outside [0, num_experts) belong to other devices and get no row. The others of a token differ; where
             they do not, the kernel gives them one row between them.
+        weights_NK: float32, of the pairs.
         rows: M, enough for all pairs and their padding.
+
+    Returns:
+        the order; each row's weight [M], zero where it holds no pair; experts' sizes and first rows [E].
 
     Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason.
     """
-    kernel = choose(implementation, unsupported(local_NK, num_experts)) == "pallas"
-    order = expert_order_hopper.expert_order if kernel else _expert_order_xla
-    pair_M, row_NK, sizes_E, starts_E = order(local_NK, num_experts, unit, rows, places_kept(len(local_NK), unit))
-    return Order(pair_M, row_NK), sizes_E, starts_E
+    kernel = choose(implementation, unsupported(local_NK, weights_NK, num_experts)) == "pallas"
+    make = expert_order_hopper.expert_order if kernel else _expert_order_xla
+    kept = places_kept(len(local_NK), unit)
+    pair_M, row_NK, weight_M, sizes_E, starts_E = make(local_NK, weights_NK, num_experts, unit, rows, kept)
+    return Order(pair_M, row_NK), weight_M, sizes_E, starts_E
+
+
+def _forward(local_NK, weights_NK, num_experts, unit, rows, implementation):
+    made = expert_order(local_NK, weights_NK, num_experts, unit, rows, implementation)
+    return made, made[0].row_NK
+
+
+def _backward(num_experts, unit, rows, implementation, row_NK, gradients):
+    return None, _or_zero(gradients[1], row_NK)
+
+
+expert_order.defvjp(_forward, _backward)
 
 
 def places_kept(tokens: int, unit: int) -> bool:
@@ -48,10 +67,10 @@ def places_kept(tokens: int, unit: int) -> bool:
     return tokens <= unit
 
 
-def unsupported(local_NK: jax.Array, num_experts: int) -> str | None:
+def unsupported(local_NK: jax.Array, weights_NK: jax.Array, num_experts: int) -> str | None:
     """Why the Hopper kernel cannot take these operands; None if it can."""
-    if local_NK.dtype != jnp.int32:
-        return f"the ids are {local_NK.dtype}, expected int32"
+    if (local_NK.dtype, weights_NK.dtype) != (jnp.int32, jnp.float32):
+        return f"ids and weights are {local_NK.dtype} and {weights_NK.dtype}, expected int32 and float32"
     if not 0 < local_NK.size <= FEW:
         return f"there are {local_NK.size} pairs, expected 1 to {FEW}"
     if num_experts > 256:
@@ -66,7 +85,12 @@ def inverse(row_NK: jax.Array, rows: int) -> Order:
     return Order(pair_M, row_NK)
 
 
-def _expert_order_xla(local_NK, num_experts, unit, rows, places_kept):
+def _or_zero(x_X: jax.Array, index: jax.Array) -> jax.Array:
+    """Elements of a vector; an index past the end gives zero."""
+    return jnp.where(index < len(x_X), x_X.at[jnp.minimum(index, len(x_X) - 1)].get(mode="promise_in_bounds"), 0)
+
+
+def _expert_order_xla(local_NK, weights_NK, num_experts, unit, rows, places_kept):
     expert_P = local_NK.reshape(-1)
     expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
     index_P, index_E = jnp.arange(expert_P.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=jnp.int32)
@@ -86,5 +110,9 @@ def _expert_order_xla(local_NK, num_experts, unit, rows, places_kept):
     row_NK = row_P.reshape(local_NK.shape)
     if few:
         held_MP = row_P == jnp.arange(rows, dtype=jnp.int32)[:, None]
-        return jnp.where(held_MP, index_P, index_P.size).min(axis=1), row_NK, sizes_E, starts_E
-    return *inverse(row_NK, rows), sizes_E, starts_E
+        pair_M = jnp.where(held_MP, index_P, index_P.size).min(axis=1)
+    else:
+        pair_M = inverse(row_NK, rows).pair_M
+    # By an index of its own: XLA would join this with a part of what gathers the rows, which then waits for it.
+    weight_M = _or_zero(weights_NK.reshape(-1), jax.lax.optimization_barrier(pair_M))
+    return pair_M, row_NK, weight_M, sizes_E, starts_E

@@ -2,7 +2,7 @@
 
 Each expert has a bit for each token, in shared memory. Its size is the number of its bits, a pair's place among its expert's the
 number of those of earlier tokens, or its token's number, where tokens keep their places. A thread has some pairs, from the reading of
-their ids to the writing of their rows.
+their ids to the writing of their rows and weights.
 """
 
 import functools
@@ -19,14 +19,18 @@ from pallas_kernels.lanes import THREADS, count_bits, full, gather, iota, scatte
 WARPGROUPS = 8  # of the program, at most
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # lowered once a shape
-def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, places_kept: bool) -> tuple[jax.Array, ...]:
-    """pair_M, row_NK, sizes_E and starts_E of `expert_order.expert_order`."""
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))  # lowered once a shape
+def expert_order(
+    ids_NK: jax.Array, weights_NK: jax.Array, experts: int, unit: int, rows: int, places_kept: bool
+) -> tuple[jax.Array, ...]:
+    """pair_M, row_NK, weight_M, sizes_E and starts_E of `expert_order.expert_order`."""
     (tokens, choices), pairs = ids_NK.shape, ids_NK.size
     masks = pl.cdiv(tokens, 32)  # words of an expert's bits
     warpgroups = min(pl.cdiv(pairs, THREADS), WARPGROUPS)
 
-    def body(ids_gmem, pair_gmem, row_gmem, size_gmem, start_gmem, bits_smem, padded_smem, start_smem, met):
+    def body(
+        ids_gmem, weights_gmem, pair_gmem, row_gmem, weight_gmem, size_gmem, start_gmem, bits_smem, padded_smem, start_smem, met
+    ):
         own = lax.axis_index("warpgroup")
 
         def indices(size, first=0, among=1):
@@ -44,12 +48,13 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, places_k
             plgpu.barrier_wait(met)
 
         pair = indices(pairs, own, warpgroups)
-        expert = gather(ids_gmem, pair)
+        expert, weight = gather(ids_gmem, pair), gather(weights_gmem, pair)
         token = lax.div(pair, jnp.full_like(pair, choices))
         mask, bit = token >> 5, jnp.left_shift(1, token & 31)
         here = (expert >= 0) & (expert < experts)
         fill(bits_smem, 0)
         fill(pair_gmem, pairs)
+        fill(weight_gmem, 0)
         meet()
         scatter_or(bits_smem, jnp.where(here, mask * experts + expert, -1), bit)
         meet()
@@ -77,10 +82,11 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, places_k
         row = jnp.where(here, gather(start_smem, expert) + place, rows)
         scatter(row_gmem, pair, row)
         scatter(pair_gmem, row, pair)
+        scatter(weight_gmem, row, weight)
 
     kernel = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, pairs, experts, experts)],
+        out_type=[jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, pairs, rows, experts, experts)],
         grid=(1,),
         grid_names=("program",),
         num_threads=warpgroups,
@@ -94,5 +100,6 @@ def expert_order(ids_NK: jax.Array, experts: int, unit: int, rows: int, places_k
         ],
         compiler_params=PARAMS,
     )
-    pair_M, row_P, sizes_E, starts_E = vary_like(ids_NK, kernel(ids_NK.reshape(-1)))
-    return pair_M, row_P.reshape(ids_NK.shape), sizes_E, starts_E
+    weights_P = lax.bitcast_convert_type(weights_NK.reshape(-1), jnp.int32)
+    pair_M, row_P, weight_M, sizes_E, starts_E = vary_like(ids_NK, kernel(ids_NK.reshape(-1), weights_P))
+    return pair_M, row_P.reshape(ids_NK.shape), lax.bitcast_convert_type(weight_M, jnp.float32), sizes_E, starts_E

@@ -43,17 +43,15 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
     all_steps, column_tiles = depth // BLOCK, columns // BLOCK
     most_blocks = (rows - experts) // tile_rows + experts  # whatever the sizes
     parts, part_steps = split(all_steps, most_blocks * column_tiles, consumers)
-    table = tickets.table(group_sizes_E, row_unit, row_unit, tile_rows, most_blocks, _whole)
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
     width = 128 // jnp.dtype(dtype).itemsize  # columns stored at a time
     # TMA wants rows of a multiple of 16 bytes; the scales of four consecutive blocks come at a time.
     w_scales_EHG = jnp.pad(w.scales_EHG, ((0, 0), (0, 0), (0, -all_steps % 4)))
     piece = math.gcd(row_unit, WAVE)
 
-    def body(x_gmem, xs_gmem, w_gmem, ws_gmem, table_gmem, out_gmem, x_smem, xs_smem, w_smem, ws_smem, *rest):
+    def body(x_gmem, xs_gmem, w_gmem, ws_gmem, sizes_gmem, out_gmem, x_smem, xs_smem, w_smem, ws_smem, *rest):
         out_smem, full, free, *ring = rest
         wg = lax.axis_index("wg")
-        count = table_gmem[0, 0] * (parts * column_tiles)
 
         def stage(step):
             return lax.rem(step, jnp.int32(stages))
@@ -69,8 +67,10 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
-            describe = functools.partial(tickets.look_up, table_gmem, parts * column_tiles)
-            tickets.lead(describe, count, ring, in_turn=most_blocks * parts * column_tiles <= SMS)
+            columns = parts * column_tiles
+            blocks = tickets.blocks(sizes_gmem, row_unit, row_unit, tile_rows, ring)
+            describe = functools.partial(tickets.look_up, blocks, columns, tile_rows, _whole, ring)
+            tickets.lead(describe, blocks.count * columns, ring, in_turn=most_blocks * columns <= SMS)
 
         @pl.when(wg == consumers)
         def _():
@@ -100,7 +100,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
                     pl.when(-(-height // WAVE) == waves)(lambda waves=waves: load(waves))
                 return before + steps
 
-            done = tickets.follow(tile, 4, jnp.int32(0), count, ring)
+            done = tickets.follow(tile, 4, jnp.int32(0), ring)
             drain(free, done, stages)
 
         @pl.when(wg < consumers)
@@ -160,7 +160,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
                 pl.when(height <= 0)(skip)
                 return before + steps
 
-            tickets.follow(tile, 4, jnp.int32(0), count, ring)
+            tickets.follow(tile, 4, jnp.int32(0), ring)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     e4m3, f32 = jnp.float8_e4m3fn, jnp.float32
@@ -184,12 +184,14 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
         ],
         compiler_params=PARAMS,
     )
-    out_PMF = vary_like(x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, table))
+    out_PMF = vary_like(
+        x.values_MK, kernel(x.values_MK, x.scales_GM, w.values_EFK, w_scales_EHG, group_sizes_E.astype(jnp.int32))
+    )
     return functools.reduce(operator.add, out_PMF).astype(jnp.bfloat16)
 
 
 def _whole(rows, _, index, most):
-    """A cut for `tickets.table`: all of an expert's blocks but the last are whole."""
+    """A cut for `tickets.look_up`: all of an expert's blocks but the last are whole."""
     return index * most, jnp.minimum(rows - index * most, most)
 
 

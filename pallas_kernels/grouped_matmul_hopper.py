@@ -63,38 +63,36 @@ def matmul(xs_MA: list, ws: list, group_sizes_E: jax.Array, row_unit: int, trans
 def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, save: bool) -> list[jax.Array]:
     """[weight * silu(x @ w_gate) * (x @ w_up)], rounded once, and with `save` both products too: each [M, F].
 
-    Of `row_unit` rows, fewer than weights, each group has all.
+    Of fewer rows than weights, `row_unit` at most, each group has all.
     """
     return _launch([x_MD], [w_gate_EDF, w_up_EDF], weight_M, group_sizes_E, row_unit, False, outs=3 if save else 1)
 
 
 def _equal(units, blocks, index, _):
-    """A cut for `tickets.table`: blocks as equal as can be."""
+    """A cut for `tickets.look_up`: blocks as equal as can be."""
     height, taller = units // blocks, units % blocks
     return index * height + jnp.minimum(index, taller), height + (index < taller)
 
 
 def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool, outs: int) -> list[jax.Array]:
     dtype, gated = xs_MA[0].dtype, weight_M is not None
-    rows, experts = len(weight_M if gated else xs_MA[0]), group_sizes_E.shape[0]
-    same = len(xs_MA[0]) < rows  # for every group
+    rows = len(weight_M if gated else xs_MA[0])
+    same = len(xs_MA[0]) < rows  # for every group; a tile's further rows, past the end of x, come as zeros
     columns = ws[0].shape[1 if transposed else 2]
     width = 64 if gated else 128  # of a consumer's result
-    t = tiling(row_unit, rows, experts)
+    t = tiling(row_unit, rows, len(group_sizes_E))
     consumers = range(t.consumers)
     steps = [x.shape[1] // STEP for x in xs_MA]
     total_steps = sum(steps)
     column_tiles = pl.cdiv(columns, t.consumers * width)
-    table = tickets.table(group_sizes_E, row_unit, 1, t.rows // row_unit, rows // t.rows + experts, _equal)
 
     def grouped_matmul(*refs):
-        (table_gmem, *weight_gmem), refs = refs[: 1 + gated], refs[1 + gated :]
+        (sizes_gmem, *weight_gmem), refs = refs[: 1 + gated], refs[1 + gated :]
         x_gmems, refs = refs[: len(xs_MA)], refs[len(xs_MA) :]
         w_gmems, refs = refs[: len(ws)], refs[len(ws) :]
         out_gmems, refs = refs[:outs], refs[outs:]
         x_smem, w_smem, out_smem, x_full, x_free, w_full, w_free, *ring = refs
         wg = lax.axis_index("wg")
-        count = table_gmem[0, 0] * column_tiles
 
         def slot(step, stages):
             return lax.rem(step, jnp.int32(stages))
@@ -145,8 +143,10 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
             def attach(fields, words, barrier):  # the row weights, as integers
                 plgpu.copy_gmem_to_smem(weight_gmem[0].at[pl.ds(fields[1] * t.unit, t.rows)], words, barrier)
 
-            describe = functools.partial(tickets.look_up, table_gmem, column_tiles)
-            tickets.lead(describe, count, ring, attach if gated else None, in_turn=t.consumers == 1)
+            most = t.rows // t.unit
+            blocks = tickets.blocks(sizes_gmem, t.unit, 1, most, ring)
+            describe = functools.partial(tickets.look_up, blocks, column_tiles, most, _equal, ring)
+            tickets.lead(describe, blocks.count * column_tiles, ring, attach if gated else None, in_turn=t.consumers == 1)
 
         @pl.when(wg == t.consumers)
         def _():
@@ -180,7 +180,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                 return before + total_steps, expert, column
 
             zero = jnp.int32(0)
-            done, expert, column = tickets.follow(tile, 4, (zero, zero, zero), count, ring)
+            done, expert, column = tickets.follow(tile, 4, (zero, zero, zero), ring)
 
             def flush(k, _):
                 for consumer in consumers[1:]:
@@ -266,7 +266,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                     per_height(units, compute)
                 return before + total_steps
 
-            tickets.follow(tile, 4, jnp.int32(0), count, ring)
+            tickets.follow(tile, 4, jnp.int32(0), ring)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tile_of_w = (2, STEP, 64) if gated else (128, STEP) if transposed else (STEP, 128)
@@ -293,5 +293,4 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
         compiler_params=PARAMS,
     )
     weight = [lax.bitcast_convert_type(weight_M, jnp.int32)] if gated else []
-    # XLA launches what makes the operands in their order: the table comes before the gathering of rows, which takes all SMs.
-    return vary_like(xs_MA[0], kernel(table, *weight, *xs_MA, *ws))
+    return vary_like(xs_MA[0], kernel(group_sizes_E.astype(jnp.int32), *weight, *xs_MA, *ws))

@@ -23,15 +23,15 @@ def matmul(xs_MA: list, ws: list, group_sizes_E: jax.Array, row_unit: int, trans
 
 
 def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, save: bool) -> list[jax.Array]:
-    x_MD = repeated(x_MD, len(weight_M))
+    x_MD = repeated(x_MD, len(weight_M), row_unit)
     gate_MF, up_MF = (matmul([x_MD], [w], group_sizes_E, row_unit) for w in (w_gate_EDF, w_up_EDF))
     hidden_MF = weight_M[:, None] * jax.nn.silu(gate_MF.astype(jnp.float32)) * up_MF.astype(jnp.float32)
     return [hidden_MF.astype(x_MD.dtype), gate_MF, up_MF][: 3 if save else 1]
 
 
-def repeated(x_MD: jax.Array, rows: int) -> jax.Array:
-    """Rows that each group has, of which there are fewer than rows of all groups, once for each: [rows, D]."""
-    return x_MD if len(x_MD) == rows else jnp.tile(x_MD, (rows // len(x_MD), 1))
+def repeated(x_MD: jax.Array, rows: int, row_unit: int) -> jax.Array:
+    """Rows that each group has, of which there are fewer than rows of all groups, filled up to a unit and once for each: [rows, D]."""
+    return x_MD if len(x_MD) == rows else jnp.tile(jnp.pad(x_MD, ((0, row_unit - len(x_MD)), (0, 0))), (rows // row_unit, 1))
 
 
 def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jnp.dtype) -> list[jax.Array]:

@@ -2,8 +2,8 @@
 
 A row's router weight scales its hidden values in float32, before they are rounded, and not its output. Combining is then a plain
 sum, and the weight's gradient needs no output: it is the product of the hidden values with their own gradient. Rows of no group,
-and rows that pad a group: see grouped_matmul.py. x may also be [row_unit, D], the same rows for every group: each group's size is then
-row_unit or 0, and the weights of rows that are not its own are zero. Letters: see reference.py; D model, F hidden.
+and rows that pad a group: see grouped_matmul.py. x may also have at most row_unit rows, the first ones of every group: each group's
+size is then row_unit or 0, and the weights of rows that are not its own are zero. Letters: see reference.py; D model, F hidden.
 """
 
 import functools
@@ -24,8 +24,8 @@ def grouped_mlp(
 ) -> jax.Array:
     """See `reference.grouped_mlp`: same arguments, and the same result in rows of groups; differentiable in all but the sizes.
 
-    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason; or if x has neither as many rows as there are
-        weights nor `row_unit`.
+    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason; or if x has fewer rows than there are
+        weights, and more than `row_unit`.
     """
     check_rows(x_MD, weight_M, row_unit)
     parts = _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
@@ -35,8 +35,10 @@ def grouped_mlp(
 
 def check_rows(x_MD: jax.Array, weight_M: jax.Array, row_unit: int) -> None:
     """Raises: ValueError, if the rows are neither all nor those of every group."""
-    if len(x_MD) not in (row_unit, len(weight_M)):
-        raise ValueError(f"x has {len(x_MD)} rows, expected {len(weight_M)}, as there are weights, or row_unit, {row_unit}")
+    if len(x_MD) != len(weight_M) and len(x_MD) > row_unit:
+        raise ValueError(
+            f"x has {len(x_MD)} rows, expected {len(weight_M)}, as there are weights, or row_unit, {row_unit}, at most"
+        )
 
 
 def _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation):
@@ -54,7 +56,7 @@ def _forward(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, ro
 
 def _backward(row_unit, implementation, saved, dout_MD):
     few_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, gate_MF, up_MF = saved
-    x_MD = repeated(few_MD, len(weight_M))
+    x_MD = repeated(few_MD, len(weight_M), row_unit)
     parts = _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)
     dhidden_MF = parts.matmul([dout_MD], [w_down_EFD], group_sizes_E, row_unit, transposed=True)
     used = (-(-group_sizes_E // row_unit) * row_unit).sum()
@@ -63,7 +65,8 @@ def _backward(row_unit, implementation, saved, dout_MD):
     (dw_down_EFD,) = parts.weight_gradients(hidden_MF, [dout_MD], group_sizes_E, row_unit, w_down_EFD.dtype)
     dx_MD = parts.matmul([dgate_MF, dup_MF], [w_gate_EDF, w_up_EDF], group_sizes_E, row_unit, transposed=True)
     if len(few_MD) < len(x_MD):
-        dx_MD = jnp.where(in_group_M[:, None], dx_MD, 0).reshape(-1, *few_MD.shape).sum(axis=0, dtype=jnp.float32)
+        dx_MUD = jnp.where(in_group_M[:, None], dx_MD, 0).reshape(-1, row_unit, x_MD.shape[1])
+        dx_MD = dx_MUD.sum(axis=0, dtype=jnp.float32)[: len(few_MD)]
     dw_EDF = parts.weight_gradients(x_MD, [dgate_MF, dup_MF], group_sizes_E, row_unit, w_gate_EDF.dtype)
     return dx_MD.astype(x_MD.dtype), dweight_M, *dw_EDF, dw_down_EFD, None
 

@@ -30,14 +30,14 @@ def grouped_mlp_fp8(
     Both dimensions of the weights are multiples of 128, beyond what they hold zeros; x may have fewer columns than D, which then
     come back.
 
-    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason, or if x has neither as many rows as there are
-        weights nor `row_unit`; TypeError, if it is differentiated.
+    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason, or if x has fewer rows than there are weights, and
+        more than `row_unit`; TypeError, if it is differentiated.
     """
     check_rows(x_MD, weight_M, row_unit)
     multiply = functools.partial(
         grouped_matmul_fp8, group_sizes_E=group_sizes_E, row_unit=row_unit, implementation=implementation
     )
-    columns, x_MD = x_MD.shape[1], repeated(x_MD, len(weight_M))
+    columns, x_MD = x_MD.shape[1], repeated(x_MD, len(weight_M), row_unit)
     x = quantise_rows(jnp.pad(x_MD, ((0, 0), (0, w_gate.values_EFK.shape[2] - columns))), implementation)
     gate_MF, up_MF = (multiply(x, w).astype(jnp.float32) for w in (w_gate, w_up))
     hidden_MF = weight_M[:, None] * jax.nn.silu(gate_MF) * up_MF

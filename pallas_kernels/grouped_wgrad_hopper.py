@@ -90,7 +90,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
-            def describe(ticket):
+            def describe(ticket, _):
                 expert, inside = lax.div(ticket, jnp.int32(a_tiles * b_tiles)), lax.rem(ticket, jnp.int32(a_tiles * b_tiles))
                 a, b = lax.rem(inside, jnp.int32(a_tiles)), lax.div(inside, jnp.int32(a_tiles))
                 return expert, a, b, first_gmem[expert], units_gmem[expert]
@@ -114,7 +114,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
                 lax.fori_loop(0, steps, step, None)
                 return before + steps
 
-            done = tickets.follow(tile, 5, jnp.int32(0), jnp.int32(tiles), ring)
+            done = tickets.follow(tile, 5, jnp.int32(0), ring)
             drain(x_free, done, x_stages)
             drain(dy_free, done, dy_stages)
 
@@ -129,7 +129,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
                 lax.fori_loop(0, steps, lambda k, _: load_dy(1, b, k, before + k, first, height), None)
                 return before + steps
 
-            done = tickets.follow(tile, 5, jnp.int32(0), jnp.int32(tiles), ring)
+            done = tickets.follow(tile, 5, jnp.int32(0), ring)
             drain(dy_free, done, dy_stages, dy_stages)
 
         @pl.when(wg < 2)
@@ -173,7 +173,7 @@ def weight_gradients(x_MA, dys_MB: list, group_sizes_E, row_unit: int, dtype: jn
                 pl.run_scoped(result, plgpu.ACC((SIDE, SIDE), jnp.float32))
                 return before + steps
 
-            tickets.follow(tile, 5, jnp.int32(0), jnp.int32(tiles), ring)
+            tickets.follow(tile, 5, jnp.int32(0), ring)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     scratch = [

@@ -38,6 +38,15 @@ SUM = (
     + "mov.b32 $0, all;\n}"
 )
 
+ADD = """shfl.sync.up.b32 other|there, all, {distance}, 0, -1;
+@there add.s32 all, all, other;
+"""
+SUM_SO_FAR = (
+    "{\n.reg .pred there;\n.reg .b32 all, other;\nmov.b32 all, $1;\n"
+    + "".join(ADD.format(distance=n) for n in (1, 2, 4, 8, 16))
+    + "mov.b32 $0, all;\n}"
+)
+
 
 def iota(size: int):
     """0 .. size - 1, a multiple of THREADS, as int32."""
@@ -111,6 +120,11 @@ def warp_min(x):
 def warp_sum(x):
     """The sum of a warp's float32, in all of its lanes."""
     return lax.bitcast_convert_type(_each(SUM, lax.bitcast_convert_type(x, jnp.int32)), jnp.float32)
+
+
+def warp_sum_so_far(x):
+    """The sum of a warp's int32 up to each lane's own."""
+    return _each(SUM_SO_FAR, x)
 
 
 def flat(x):

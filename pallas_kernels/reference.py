@@ -92,13 +92,14 @@ def grouped_mlp(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E,
     """(weight * silu(x @ w_gate) * (x @ w_up)) @ w_down, each row with its own group's matrices, see `grouped_matmul`.
 
     Args:
-        x_MD: or [row_unit, D], rows that every group has.
+        x_MD: or up to row_unit rows, which every group has.
         weight_M: float32 factors, zero where a row pads a group.
 
     Returns:
         [M, D] in x's dtype; the hidden values are computed in float32 and rounded to it once.
     """
-    x_MD = jnp.tile(x_MD, (len(weight_M) // len(x_MD), 1))
+    if len(x_MD) < len(weight_M):
+        x_MD = jnp.tile(jnp.pad(x_MD, ((0, row_unit - len(x_MD)), (0, 0))), (len(weight_M) // row_unit, 1))
     gate_MF, up_MF = (grouped_matmul(x_MD, w, group_sizes_E, row_unit).astype(jnp.float32) for w in (w_gate_EDF, w_up_EDF))
     hidden_MF = weight_M[:, None] * jax.nn.silu(gate_MF) * up_MF
     return grouped_matmul(hidden_MF.astype(x_MD.dtype), w_down_EFD, group_sizes_E, row_unit)

@@ -6,8 +6,8 @@ program takes tickets, its own number first and then from a counter in global me
 shared memory.
 """
 
-import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,81 +18,68 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.hopper import PARAMS, SMS, drain, vary_like
-from pallas_kernels.lanes import THREADS, full, gather, iota, scatter
+from pallas_kernels.hopper import SMS, drain
+from pallas_kernels.lanes import LANES, THREADS, full, gather, iota, scatter, warp_sum_so_far
 
-AT_ONCE = 8  # experts of which a loop compares blocks with a thread's
 ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
+LEFT, BOARD, SUMS = 7, 8, 16  # of these: whether there is a tile; where threads tell each other of it, and of up to 256 experts
 
 
-def table(rows_E: jax.Array, unit: int, per_unit: int, most: int, capacity: int, cut: Callable) -> jax.Array:
-    """Experts' rows, padded to `unit` and each unit counted as `per_unit`, in the fewest blocks of at most `most`.
+class Blocks(NamedTuple):
+    """Rows in expert order, cut into blocks. Vectors: thread i of the warpgroup that made them has those of experts i, i + 128, .."""
 
-    Returns int32 [4, capacity]: the number of blocks; and the expert, the first row and the length of each. What lies past the last
-    is of no meaning, but names some expert.
+    count: jax.Array  # of all blocks
+    begin_E: jax.Array  # the number of an expert's first block
+    first_E: jax.Array  # its first row
+    length_E: jax.Array  # its rows
+
+
+def blocks(rows_gmem, unit: int, per_unit: int, most: int, refs: list) -> Blocks:
+    """Experts' rows, padded to `unit` and each unit counted as `per_unit`, in the fewest blocks of at most `most`. For the warpgroup that
+    leads. `refs`: as `lead` has them."""
+    (experts,), board = rows_gmem.shape, refs[0].at[0]
+    expert = iota(pl.cdiv(experts, THREADS) * THREADS)
+    rows = jnp.where(expert < experts, gather(rows_gmem, expert), 0)
+    length = lax.div(rows + (unit - 1), full(rows, unit)) * per_unit
+    counts = _blocks(length, most), length
+    so_far = [warp_sum_so_far(x) for x in counts]
+    warp, warps, last = expert >> 5, expert.size // LANES, (expert & (LANES - 1)) == LANES - 1
+    scatter(
+        board, jnp.where(expert < SUMS, expert, -1), full(expert, 0)
+    )  # where there are no blocks, a ticket names the first expert
+    for i, sums in enumerate(so_far):
+        scatter(board, jnp.where(last, warp + (SUMS + i * warps), -1), sums)
+    plgpu.commit_smem()
+    totals = [[board[SUMS + i * warps + w] for w in range(warps)] for i in range(2)]
+    begin, first = (
+        sums - x + sum(jnp.where(warp > w, total, 0) for w, total in enumerate(of_warps))
+        for sums, x, of_warps in zip(so_far, counts, totals)
+    )
+    return Blocks(sum(totals[0]), begin, first, length)
+
+
+def _blocks(length, most: int):
+    return lax.div(length + (most - 1), full(length, most))
+
+
+def look_up(
+    blocks: Blocks, columns: int, most: int, cut: Callable, refs: list, ticket: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The expert, first row, column tile and length of a ticket's tile. Columns are fastest: neighbours share rows.
+
+    The thread that has the expert tells the others, in the ticket's slot: some may still have to read what another's has.
 
     `cut(length, blocks, index, most)` says where a block begins within an expert of so many rows and blocks, and how long it is.
     """
-    make = _table_hopper if choose(None, None) == "pallas" else _table_xla
-    return make(rows_E.astype(jnp.int32), unit, per_unit, most, capacity, cut)
-
-
-def _table_xla(rows_E, unit, per_unit, most, capacity, cut):
-    lengths_E = pl.cdiv(rows_E, unit) * per_unit
-    blocks_E = pl.cdiv(lengths_E, most)
-    ends_E = before(blocks_E) + blocks_E
-    block = jnp.arange(capacity, dtype=jnp.int32)
-    expert = jnp.minimum((block[:, None] >= ends_E).sum(axis=1, dtype=jnp.int32), blocks_E.size - 1)
-    begin, length = cut(lengths_E[expert], jnp.maximum(blocks_E, 1)[expert], block - (ends_E - blocks_E)[expert], most)
-    first = before(lengths_E)[expert] + begin
-    return jnp.stack([jnp.full_like(first, ends_E[-1]), expert, first, length])
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))  # two products of the same rows have it once
-def _table_hopper(rows_E, unit, per_unit, most, capacity, cut):
-    """A block a thread, which looks for the expert whose it is: one small program, where XLA makes three that wait for each other."""
-    (experts,) = rows_E.shape
-
-    def body(rows_gmem, table_gmem, lengths_smem):
-        block = iota(THREADS) + lax.axis_index("program") * THREADS
-        every = iota(lengths_smem.shape[0])
-        rows = jnp.where(every < experts, gather(rows_gmem, every), 0)
-        scatter(lengths_smem, every, lax.div(rows + (unit - 1), jnp.full_like(rows, unit)) * per_unit)
-        plgpu.commit_smem()
-
-        def pass_by(group, carry):
-            begin, row, *own = carry
-            for e in (group * AT_ONCE + i for i in range(AT_ONCE)):
-                length = gather(lengths_smem, full(block, e))  # the same in all threads
-                blocks = lax.div(length + (most - 1), full(block, most))
-                here = (block >= begin) & (block < begin + blocks)
-                own = [jnp.where(here, its, x) for its, x in zip((full(block, e), row, length, blocks, block - begin), own)]
-                begin, row = begin + blocks, row + length
-            return begin, row, *own
-
-        groups = pl.cdiv(experts, AT_ONCE)
-        count, _, expert, row, length, blocks, index = lax.fori_loop(0, groups, pass_by, tuple(full(block, 0) for _ in range(7)))
-        start, length = cut(length, jnp.maximum(blocks, 1), index, most)
-        for field, values in enumerate((count, expert, row + start, length)):
-            scatter(table_gmem, jnp.where(block < capacity, block + field * capacity, -1), values)
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((4 * capacity,), jnp.int32),
-        grid=(pl.cdiv(capacity, THREADS),),
-        grid_names=("program",),
-        kernel_name="ticket_table",
-        scratch_types=[plgpu.SMEM((pl.cdiv(experts, THREADS) * THREADS,), jnp.int32)],
-        compiler_params=PARAMS,
-    )
-    return vary_like(rows_E, kernel(rows_E)).reshape(4, capacity)
-
-
-def look_up(table_gmem, columns: int, ticket: jax.Array) -> tuple[jax.Array, ...]:
-    """The expert, first row, column tile and length of a ticket's tile. Columns are fastest: neighbours share rows."""
     block, column = lax.div(ticket, jnp.int32(columns)), lax.rem(ticket, jnp.int32(columns))
-    expert, first, length = (table_gmem[field, block] for field in (1, 2, 3))
+    expert, index, many = iota(blocks.begin_E.size), block - blocks.begin_E, _blocks(blocks.length_E, most)
+    here = (index >= 0) & (index < many)
+    start, length = cut(blocks.length_E, jnp.maximum(many, 1), index, most)
+    board = refs[0].at[slot]
+    for field, values in enumerate((expert, blocks.first_E + start, length), BOARD):
+        scatter(board, jnp.where(here, field, -1), values)
+    plgpu.commit_smem()
+    expert, first, length = (board[field] for field in range(BOARD, BOARD + 3))
     return expert, first, column, length
 
 
@@ -120,7 +107,7 @@ def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | No
     The grid is "sm", SMS programs. `in_turn`: program s has the tickets s, s + SMS, ..: where programs have one tile each, or few that
     take equally long. A counter would have to be set to zero before the launch, which a graph of small kernels may have to wait for.
 
-    `fields = describe(ticket)` reads what the tile is from global memory: no reader should wait for that.
+    `fields = describe(ticket, slot)` finds out what the tile is: no reader should wait for that.
     `attach(fields, words, barrier)` starts one copy that comes along.
     """
     tiles, come, done = refs
@@ -132,13 +119,13 @@ def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | No
         slot = lax.rem(i, jnp.int32(depth))
         pl.when(i >= depth)(lambda: plgpu.barrier_wait(done.at[slot]))
         if counter is None:
-            tiles[slot, 0] = program + i * SMS
-        else:
-            take_ticket(counter, tiles.at[slot, pl.ds(0, 1)], SMS)
+            return pass_on(slot, program + i * SMS)
+        take_ticket(counter, tiles.at[slot, pl.ds(0, 1)], SMS)
         return pass_on(slot, tiles[slot, 0])
 
-    def pass_on(slot, ticket):  # which lies in its slot
-        fields = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)))
+    def pass_on(slot, ticket):
+        fields = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)), slot)
+        tiles[slot, LEFT] = jnp.where(ticket < count, 1, 0)
         for place, field in enumerate(fields, 1):
             tiles[slot, place] = field
         if attach:
@@ -147,13 +134,12 @@ def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | No
         return ticket
 
     zero = jnp.int32(0)
-    tiles[0, 0] = program  # the first ticket is its own: no need to ask
-    first = zero, pass_on(zero, program)
+    first = zero, pass_on(zero, program)  # the first ticket is its own: no need to ask
     last, _ = lax.while_loop(lambda state: state[1] < count, lambda state: (state[0] + 1, take(state[0] + 1)), first)
     drain(done, last + 1, depth)
 
 
-def follow(tile: Callable, fields: int, init, count: jax.Array, refs: list):
+def follow(tile: Callable, fields: int, init, refs: list):
     """Runs `carry = tile(fields, slot, carry)` for the tiles that `lead` passes on; what `words` holds in the slot stays until `tile` returns."""
     tiles, come, done = refs
     depth = tiles.shape[0]
@@ -161,7 +147,7 @@ def follow(tile: Callable, fields: int, init, count: jax.Array, refs: list):
     def take(i):
         slot = lax.rem(i, jnp.int32(depth))
         plgpu.barrier_wait(come.at[slot])
-        return tiles[slot, 0]
+        return tiles[slot, LEFT]
 
     def step(state):
         i, _, carry = state
@@ -171,7 +157,7 @@ def follow(tile: Callable, fields: int, init, count: jax.Array, refs: list):
         return i + 1, take(i + 1), carry
 
     zero = jnp.int32(0)
-    last, _, carry = lax.while_loop(lambda state: state[1] < count, step, (zero, take(zero), init))
+    last, _, carry = lax.while_loop(lambda state: state[1] > 0, step, (zero, take(zero), init))
     plgpu.barrier_arrive(done.at[lax.rem(last, jnp.int32(depth))])
     return carry
 

@@ -52,7 +52,7 @@ def routed_experts(
             none: it travels nowhere.
         experts: the experts' weights, [num_experts, ...] over expert.
         expert_fn: (experts, rows_MD, weight_M, group_sizes_E, row_unit) -> [M, D], weight * expert(row); see `grouped_matmul.py`. The rows
-            may be [row_unit, D], all tokens for every expert, with weight zero where one is not its own.
+            may be all tokens for every expert, `row_unit` at most, with weight zero where one is not its own.
         reach: the devices of an expert row that a token needs, at most and in the mean under uniform routing.
         dispatch: one of DISPATCHES; None is `default_dispatch`.
     """
@@ -135,28 +135,24 @@ def _multiply(x_ND, ids_NK, weights_NK, experts, *, expert_fn, fair_pairs: int) 
     unit = row_unit(fair_pairs, local)
     most = padded_rows(len(x_ND) * min(ids_NK.shape[1], local), local, unit)
     chunk = most if most <= AT_ONCE else min(most, padded_rows(math.ceil(SLACK * fair_pairs), local, unit))
-    order, sizes_E, starts_E = expert_order(ids_NK - lax.axis_index("expert") * local, local, unit, -(-most // chunk) * chunk)
+    own_NK, rows = ids_NK - lax.axis_index("expert") * local, -(-most // chunk) * chunk
+    order, weight_M, sizes_E, starts_E = expert_order(own_NK, weights_NK, local, unit, rows)
 
     def multiply_rows(operands, order, sizes_E):
-        x_ND, weights_NK, experts = operands
+        x_ND, weight_M, experts = operands
         with jax.named_scope("experts"):
-            if places_kept(len(x_ND), unit):
-                rows_MD = jnp.pad(x_ND, ((0, unit - len(x_ND)), (0, 0)))
-            else:
-                rows_MD = take_rows(x_ND, order)
-            out_MD = expert_fn(experts, rows_MD, take_pairs(weights_NK, order), sizes_E, unit)
+            rows_MD = x_ND if places_kept(len(x_ND), unit) else take_rows(x_ND, order)
+            out_MD = expert_fn(experts, rows_MD, weight_M, sizes_E, unit)
             return add_rows(out_MD, order)
 
     def multiply_chunk(r, operands, integers):
-        order, sizes_E, starts_E = integers
-        part = Order(
-            lax.dynamic_slice_in_dim(order.pair_M, r * chunk, chunk),
-            jnp.where(order.row_NK // chunk == r, order.row_NK - r * chunk, chunk),
-        )
+        (x_ND, weight_M, experts), (order, sizes_E, starts_E) = operands, integers
+        pair_M, weight_M = (lax.dynamic_slice_in_dim(a_M, r * chunk, chunk) for a_M in (order.pair_M, weight_M))
+        row_NK = jnp.where(order.row_NK // chunk == r, order.row_NK - r * chunk, chunk)
         first, last = (jnp.clip(edge_E - r * chunk, 0, chunk) for edge_E in (starts_E, starts_E + sizes_E))
-        return multiply_rows(operands, part, last - first)
+        return multiply_rows((x_ND, weight_M, experts), Order(pair_M, row_NK), last - first)
 
-    operands = x_ND, weights_NK, experts
+    operands = x_ND, weight_M, experts
     if chunk == most:
         return multiply_rows(operands, order, sizes_E)
     return in_rounds(multiply_chunk, -(-(starts_E + sizes_E).max() // chunk), operands, (order, sizes_E, starts_E))
@@ -210,19 +206,6 @@ take_rows.defvjp(
 add_rows.defvjp(
     lambda rows_MD, order: (add_rows(rows_MD, order), (_like(rows_MD), order)),
     lambda saved, g_ND: (take_rows(g_ND.astype(saved[0].dtype), saved[1]), None),
-)
-
-
-@jax.custom_vjp
-def take_pairs(weights_NK: jax.Array, order: Order) -> jax.Array:
-    """Every pair's weight in order: [M], zero for rows that hold no pair."""
-    # By an index of its own: XLA would join this with a part of `take_rows`, which then waits for it.
-    return _gather(weights_NK.reshape(-1), lax.optimization_barrier(order.pair_M))
-
-
-take_pairs.defvjp(
-    lambda weights_NK, order: (take_pairs(weights_NK, order), order),
-    lambda order, g_M: (_gather(g_M, order.row_NK), None),
 )
 
 

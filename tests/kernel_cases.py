@@ -136,11 +136,12 @@ class GroupedMlpCases(GroupedCases):
             self.check_mlp(without_gradients, *shape)
 
     @pytest.mark.parametrize("make", [without_gradients, with_gradients])
-    def test_rows_that_every_group_has(self, make):
+    @pytest.mark.parametrize("missing", [0, 3])
+    def test_rows_that_every_group_has(self, make, missing):
         (model, hidden), unit, _ = min(self.SHAPES, key=lambda shape: (shape[1], shape[0]))  # the unit of few tokens
         sizes, rng = unit * np.array([1, 0, 1, 1, 0, 1]), np.random.default_rng(0)
         weights = [self.weights(rng, len(sizes), *shape) for shape in ((model, hidden), (model, hidden), (hidden, model))]
-        x_UD = jnp.asarray(rng.normal(size=(unit, model)), self.DTYPE)
+        x_ND = jnp.asarray(rng.normal(size=(unit - missing, model)), self.DTYPE)
         used_M = np.arange(unit * len(sizes)) < sizes.sum()
         weight_M = rng.random(len(used_M)) * (rng.random(len(used_M)) < 0.3)
         cotangent_MD = rng.normal(size=(len(used_M), model))
@@ -152,8 +153,8 @@ class GroupedMlpCases(GroupedCases):
             for other in (0, np.nan)
         )
         sizes_E = jnp.asarray(sizes, jnp.int32)
-        got = jax.jit(make(type(self).mlp, unit))(sizes_E, (x_UD, poisoned[0], *weights), poisoned[1])
-        wanted = in_float32(make(reference.grouped_mlp, unit))(sizes_E, (x_UD, clean[0], *weights), clean[1])
+        got = jax.jit(make(type(self).mlp, unit))(sizes_E, (x_ND, poisoned[0], *weights), poisoned[1])
+        wanted = in_float32(make(reference.grouped_mlp, unit))(sizes_E, (x_ND, clean[0], *weights), clean[1])
         for a, b in zip(got, wanted, strict=True):
             mine = used_M if a.shape[0] == len(used_M) else slice(None)
             close(np.asarray(a, np.float32)[mine], np.asarray(b)[mine], self.BOUND, a.shape)

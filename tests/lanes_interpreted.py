@@ -46,8 +46,11 @@ warp_max = of_warps(lambda x: lax.cummax(lax.cummax(x, axis=1), axis=1, reverse=
 warp_min = of_warps(lambda x: lax.cummin(lax.cummin(x, axis=1), axis=1, reverse=True))
 warp_sum = of_warps(lambda x: lax.cumsum(x, axis=1) + lax.cumsum(x, axis=1, reverse=True) - x)
 
+warp_sum_so_far = of_warps(lambda x: lax.cumsum(x, axis=1))
+
 
 def install(monkeypatch, kernel) -> None:
     """In place of what the kernel's module has imported."""
-    for name in ("gather", "scatter", "scatter_or", "count_bits", "pack_bfloat16", "warp_max", "warp_min", "warp_sum"):
+    warps = "warp_max", "warp_min", "warp_sum", "warp_sum_so_far"
+    for name in ("gather", "scatter", "scatter_or", "count_bits", "pack_bfloat16", *warps):
         monkeypatch.setattr(kernel, name, globals()[name], raising=False)

@@ -43,9 +43,10 @@ class OrderCases:
     @pytest.mark.parametrize("case", IDS)
     def test_rows_are_sorted_by_expert_and_pair_or_keep_places(self, case, unit):
         ids_NK, experts = IDS[case](np.random.default_rng(0))
+        weights_NK = np.random.default_rng(1).normal(size=ids_NK.shape).astype(np.float32)
         rows = padded_rows(ids_NK.size, experts, unit) + 3 * unit
         run = jax.jit(functools.partial(type(self).order, num_experts=experts, unit=unit, rows=rows))
-        order, sizes_E, starts_E = run(jnp.asarray(ids_NK, jnp.int32))
+        order, weight_M, sizes_E, starts_E = run(jnp.asarray(ids_NK, jnp.int32), weights_NK)
         pair_M, row_P, start = np.full(rows, ids_NK.size), np.full(ids_NK.size, rows), 0
         for e in range(experts):
             pairs = np.flatnonzero(ids_NK == e)
@@ -58,6 +59,15 @@ class OrderCases:
             start += -(-size // unit) * unit
         np.testing.assert_array_equal(order.row_NK, row_P.reshape(ids_NK.shape))
         np.testing.assert_array_equal(order.pair_M, pair_M)
+        np.testing.assert_array_equal(weight_M, np.append(weights_NK, 0)[pair_M])
+
+    def test_a_weight_has_the_gradient_of_its_row(self):
+        ids_NK, experts = IDS["no whole words"](np.random.default_rng(0))
+        order = functools.partial(type(self).order, num_experts=experts, unit=16, rows=400)
+        ids_NK, weights_NK = jnp.asarray(ids_NK, jnp.int32), jnp.ones(ids_NK.shape)
+        dweight_M = jnp.arange(400.0)
+        (dweights_NK,) = jax.vjp(lambda weights_NK: order(ids_NK, weights_NK)[1], weights_NK)[1](dweight_M)
+        np.testing.assert_array_equal(dweights_NK, np.append(dweight_M, 0)[order(ids_NK, weights_NK)[0].row_NK])
 
 
 class TestXla(OrderCases):
@@ -77,7 +87,7 @@ class TestPallas(OrderCases):
     def test_the_same_every_time(self):
         ids_NK, experts = IDS["a batch"](np.random.default_rng(1))
         run = jax.jit(functools.partial(type(self).order, num_experts=experts, unit=16, rows=3000))
-        assert_repeats(run, jnp.asarray(ids_NK, jnp.int32))
+        assert_repeats(run, jnp.asarray(ids_NK, jnp.int32), jnp.ones(ids_NK.shape))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +101,8 @@ def test_interpreter(case, warpgroups, monkeypatch):
     monkeypatch.setattr(expert_order_hopper, "WARPGROUPS", warpgroups)
     ids_NK, experts = IDS[case](np.random.default_rng(0))
     kept = expert_order.places_kept(len(ids_NK), 16)
-    operands = jnp.asarray(ids_NK, jnp.int32), experts, 16, padded_rows(ids_NK.size, experts, 16), kept
+    weights_NK = jnp.asarray(np.random.default_rng(1).normal(size=ids_NK.shape), jnp.float32)
+    operands = jnp.asarray(ids_NK, jnp.int32), weights_NK, experts, 16, padded_rows(ids_NK.size, experts, 16), kept
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = expert_order_hopper.expert_order.__wrapped__(*operands)  # traced anew: nothing of other tests
     for a, b in zip(got, expert_order._expert_order_xla(*operands), strict=True):
@@ -106,7 +117,8 @@ def test_lowers_for_cuda_inside_shard_map(tokens, experts, monkeypatch):
     mesh, batch = jax.sharding.get_abstract_mesh(), P(("data", "expert"))
     ids = jax.ShapeDtypeStruct((tokens * mesh.size, 6), jnp.int32, sharding=jax.NamedSharding(mesh, batch))
     run = jax.jit(jax.shard_map(order, out_specs=batch))
-    text = run.trace(ids).lower(lowering_platforms=("cuda",)).as_text()
+    weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding)
+    text = run.trace(ids, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     assert "stablehlo.reduce" not in text  # it is the kernel alone
 
@@ -123,4 +135,4 @@ def test_the_kernel_says_what_it_needs(ids, experts, message, monkeypatch):
     monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
     order = functools.partial(expert_order.expert_order, num_experts=experts, unit=16, rows=9000, implementation="pallas")
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(order, ids)
+        jax.eval_shape(order, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))

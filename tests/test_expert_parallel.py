@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import expert_order
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul_xla import repeated
 from sharding import expert_parallel, specs
 from sharding.expert_parallel import Order, routed_experts, slots_per_device, take_rows
 from sharding.mesh import make_mesh
@@ -37,7 +38,7 @@ def operands(load):
 
 
 def expert_fn(w_EDF, rows_MD, weight_M, sizes_E, unit):
-    rows_MD = jnp.tile(rows_MD, (len(weight_M) // len(rows_MD), 1))
+    rows_MD = repeated(rows_MD, len(weight_M), unit)
     return weight_M[:, None] * grouped_matmul(rows_MD, w_EDF, sizes_E, row_unit=unit)
 
 
@@ -93,16 +94,16 @@ def test_what_does_not_fit_travels_and_is_multiplied_in_further_rounds(mesh_shap
 @pytest.mark.parametrize("load", LOADS)
 def test_tokens_that_fit_one_unit_are_not_gathered(mesh_shape, dispatch, load, monkeypatch):
     monkeypatch.setattr(expert_parallel, "row_unit", lambda *_: 256)
-    rows = set()
+    gathered = []
 
-    def noted(w_EDF, rows_MD, *rest):
-        rows.add(len(rows_MD))
-        return multiply(w_EDF, rows_MD, *rest)
+    def noted(w_EDF, rows_MD, weight_M, *rest):
+        gathered.append(len(rows_MD) >= len(weight_M))
+        return multiply(w_EDF, rows_MD, weight_M, *rest)
 
     multiply = expert_fn
     monkeypatch.setitem(globals(), "expert_fn", noted)
     compare(load, mesh_shape, dispatch)
-    assert rows == {256}
+    assert gathered and not any(gathered)
 
 
 @pytest.mark.parametrize("mesh_shape, dispatch", [((1, 1), None), ((1, 2), "all_to_all"), ((1, 2), "all_gather")])

@@ -15,10 +15,12 @@ from pallas_kernels import (
     grouped_matmul_hopper,
     grouped_matmul_xla,
     grouped_wgrad_hopper,
+    lanes,
     tickets,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul, padded_rows, row_unit
 from pallas_kernels.grouped_mlp import grouped_mlp
+from pallas_kernels.hopper import PARAMS
 from tests import lanes_interpreted
 from tests.kernel_cases import GroupedCases, GroupedMatmulCases, GroupedMlpCases, assert_repeats, close, with_gradients
 
@@ -83,6 +85,7 @@ class TestInterpreter(Bfloat16):
     @pytest.fixture(autouse=True)
     def interpreter(self, monkeypatch):
         monkeypatch.setattr(tickets, "new_counter", lambda: None)
+        lanes_interpreted.install(monkeypatch, tickets)
         for kernel in (grouped_matmul_hopper, grouped_wgrad_hopper, tickets):
             monkeypatch.setattr(kernel, "SMS", 3)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
@@ -123,9 +126,10 @@ class TestInterpreter(Bfloat16):
         for out_MF, wanted in zip(outs, (hidden, gate, up), strict=True):
             self.by_group(out_MF, wanted)
 
-    def test_swiglu_of_rows_that_every_group_has(self):
+    @pytest.mark.parametrize("rows", [16, 8])
+    def test_swiglu_of_rows_that_every_group_has(self, rows):
         sizes_E = 16 * jnp.asarray([1, 0, 1, 1, 0, 1], jnp.int32)
-        x_UD, weight_M = (jnp.asarray(self.rng.normal(size=shape), jnp.bfloat16) for shape in ((16, 64), (96,)))
+        x_UD, weight_M = (jnp.asarray(self.rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, 64), (96,)))
         w_gate_EDF, w_up_EDF = (self.weights(self.rng, 6, 64, 192) for _ in range(2))
         operands = x_UD, weight_M.astype(jnp.float32), w_gate_EDF, w_up_EDF, sizes_E, 16, False
         (got_MF,), (wanted_MF,) = grouped_matmul_hopper.swiglu(*operands), grouped_matmul_xla.swiglu(*operands)
@@ -150,35 +154,66 @@ class TestInterpreterFewRows(TestInterpreter):
 
 
 CUTS = [grouped_matmul_hopper._equal, grouped_matmul_fp8_hopper._whole]
+UNIT, PER_UNIT, MOST, COLUMNS = 16, 2, 12, 3
 
 
-def blocks_of_rows_cover_each_expert_once(table, cases):
+def tiles(rows_E, cut):
+    """The fields of every ticket, one after the other, as one warpgroup finds them."""
+    most = 300 * COLUMNS
+
+    def body(rows_gmem, out_gmem, words):
+        blocks = tickets.blocks(rows_gmem, UNIT, PER_UNIT, MOST, [words])
+        index = lanes.iota(lanes.THREADS)
+
+        def step(ticket, _):
+            slot = jax.lax.rem(ticket, jnp.int32(2))
+            for field, value in enumerate(tickets.look_up(blocks, COLUMNS, MOST, cut, [words], ticket, slot)):
+                tickets.scatter(out_gmem, jnp.where(index == 0, ticket * 4 + field, -1), lanes.full(index, value))
+
+        count = blocks.count * COLUMNS
+        tickets.scatter(out_gmem, jnp.where(index == 0, most * 4, -1), lanes.full(index, count))
+        jax.lax.fori_loop(0, count, step, None)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((most * 4 + 1,), jnp.int32),
+        grid=(1,),
+        grid_names=("program",),
+        scratch_types=[plgpu.SMEM((2, tickets.ATTACHED), jnp.int32)],
+        compiler_params=PARAMS,
+    )
+    *fields, count = np.asarray(kernel(jnp.asarray(rows_E, jnp.int32))).tolist()
+    return np.reshape(fields, (most, 4))[:count]
+
+
+def tiles_cover_each_expert_once(cut, cases, experts):
     rng = np.random.default_rng(0)
     for case in range(cases):
-        lengths_E = rng.multinomial(rng.integers(0, 400), rng.dirichlet(np.full(20, 0.5))) * (case > 0)
-        rows_E = np.maximum(lengths_E * 8 - rng.integers(0, 8, 20), 0)  # padded to 16, of which each counts as 2
-        lengths_E = -(-rows_E // 16) * 2
-        count, experts, firsts, lengths = np.asarray(table(jnp.asarray(rows_E, jnp.int32), 16, 2, 12, 60))
-        blocks_E, starts_E = -(-lengths_E // 12), np.cumsum(lengths_E) - lengths_E
-        assert (count == blocks_E.sum()).all()
-        assert experts[: count[0]].tolist() == np.repeat(np.arange(20), blocks_E).tolist()
-        rows = [(e, row) for e, first, n in zip(experts, firsts, lengths[: count[0]]) for row in range(first, first + n)]
+        lengths_E = rng.multinomial(rng.integers(0, 400), rng.dirichlet(np.full(experts, 0.5))) * (case > 0)
+        rows_E = np.maximum(lengths_E * 8 - rng.integers(0, 8, experts), 0)  # padded to 16, of which each counts as 2
+        lengths_E = -(-rows_E // UNIT) * PER_UNIT
+        blocks_E, starts_E = -(-lengths_E // MOST), np.cumsum(lengths_E) - lengths_E
+        found = tiles(rows_E, cut)
+        assert found[:, 0].tolist() == np.repeat(np.arange(experts), blocks_E * COLUMNS).tolist()
+        assert found[:, 2].tolist() == list(range(COLUMNS)) * blocks_E.sum()
+        rows = [(e, row) for e, first, _, length in found[::COLUMNS] for row in range(first, first + length)]
         assert rows == [(e, start + row) for e, (start, n) in enumerate(zip(starts_E, lengths_E)) for row in range(n)]
-        assert count[0] == 0 or 0 < lengths[: count[0]].min() <= lengths[: count[0]].max() <= 12
-        assert experts.min() >= 0 and experts.max() < 20
+        assert len(found) == 0 or 0 < found[:, 3].min() <= found[:, 3].max() <= MOST
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("make", [tickets._table_xla, pytest.param(tickets._table_hopper, marks=pytest.mark.gpu)])
-def test_table(make, cut):
-    blocks_of_rows_cover_each_expert_once(jax.jit(functools.partial(make, cut=cut), static_argnums=(1, 2, 3, 4)), cases=50)
-
-
-@pytest.mark.parametrize("cut", CUTS)
-def test_table_in_the_interpreter(cut, monkeypatch):
+@pytest.mark.parametrize("experts", [20, 160])
+def test_tiles_in_the_interpreter(cut, experts, monkeypatch):
     lanes_interpreted.install(monkeypatch, tickets)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        blocks_of_rows_cover_each_expert_once(functools.partial(tickets._table_hopper, cut=cut), cases=3)
+        tiles_cover_each_expert_once(cut, cases=3, experts=experts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("experts", [20, 160, 256])
+def test_tiles(cut, experts):
+    tiles_cover_each_expert_once(cut, cases=20, experts=experts)
 
 
 def exact(a):
@@ -205,7 +240,7 @@ def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
     experts = [array((4, *width), spec=P("expert")) for width in widths]
     args = array((rows, 2048)), array((rows,), jnp.float32), experts, array((4,), jnp.int32, P("expert"))
     text = jax.jit(gradients).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 7  # one of them the table of blocks, lowered once for all products
+    assert text.count("custom_call @mosaic_gpu") == 6
 
 
 @pytest.mark.parametrize(
@@ -214,6 +249,7 @@ def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
         ({"x": jax.ShapeDtypeStruct((128, 128), jnp.float32)}, "float32"),
         ({"w": jax.ShapeDtypeStruct((4, 160, 128), jnp.bfloat16)}, "64 divides"),
         ({"w": jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)}, "128 or more"),
+        ({"w": jax.ShapeDtypeStruct((257, 128, 128), jnp.bfloat16)}, "257 experts"),
         ({"unit": 8}, "row_unit is 8"),
         ({"x": jax.ShapeDtypeStruct((120, 128), jnp.bfloat16)}, "120 rows"),
     ],

@@ -95,12 +95,15 @@ class TestInterpreter(Fp8GroupedMatmulCases):
         jax.clear_caches()
 
 
-def test_rows_that_every_group_has_are_rows_of_all():
+@pytest.mark.parametrize("missing", [0, 3])
+def test_rows_that_every_group_has_are_rows_of_all(missing):
     rng = np.random.default_rng(0)
-    x_UD, weight_M = jnp.asarray(rng.normal(size=(8, 100)), jnp.bfloat16), jnp.asarray(rng.random(24), jnp.float32)
+    x_UD, weight_M = rng.normal(size=(8, 100)), jnp.asarray(rng.random(24), jnp.float32)
+    x_UD[8 - missing :] = 0
+    x_UD = jnp.asarray(x_UD, jnp.bfloat16)
     weights = [quantise_weights(jnp.asarray(rng.normal(size=(3, 128, 128)) / 8, jnp.bfloat16)) for _ in range(3)]
     mlp = functools.partial(grouped_mlp_fp8, group_sizes_E=jnp.asarray([8, 0, 8], jnp.int32), row_unit=8)
-    got_MD, wanted_MD = (mlp(x_MD, weight_M, *weights) for x_MD in (x_UD, jnp.tile(x_UD, (3, 1))))
+    got_MD, wanted_MD = (mlp(x_MD, weight_M, *weights) for x_MD in (x_UD[: 8 - missing], jnp.tile(x_UD, (3, 1))))
     np.testing.assert_array_equal(got_MD[:16], wanted_MD[:16])
 
 
