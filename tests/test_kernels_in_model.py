@@ -13,11 +13,18 @@ from pallas_kernels import dispatch
 from sharding import specs
 
 KERNELS = {
-    *("mla_attention_forward", "mla_attention_dkv", "mla_attention_dq", "mla_decode", "absorb_queries", "add_parts"),
+    *(
+        "mla_attention_forward",
+        "mla_attention_dkv",
+        "mla_attention_dq",
+        "mla_decode",
+        "absorb_queries",
+        "add_parts",
+        "few_tokens",
+    ),
     *(
         "top_experts_mosaic_gpu",
         "expert_order_mosaic_gpu",
-        "ticket_table",
         "grouped_matmul_mosaic_gpu",
         "grouped_wgrad",
         "grouped_matmul_fp8",
@@ -41,7 +48,7 @@ def test_training():
     config = dataclasses.replace(train_preset("v2_lite"), batch_size=1, seq_len=128, remat="elementwise")
     state, batch = train_state.abstract(ONE_LAYER, config), train_state.abstract_batch(config)
     attention = {"mla_attention_forward", "mla_attention_dkv", "mla_attention_dq"}
-    experts = {"expert_order_mosaic_gpu", "ticket_table", "grouped_matmul_mosaic_gpu", "grouped_wgrad"}  # routing is XLA's
+    experts = {"expert_order_mosaic_gpu", "grouped_matmul_mosaic_gpu", "grouped_wgrad"}  # routing is XLA's
     assert kernels(jax.jit(train_state.gradient, static_argnums=2), state, batch, config) == attention | experts
 
 
@@ -52,7 +59,7 @@ def test_training():
 )
 def test_prefill_and_decode(fp8, cache_dtype, experts):
     decoder = model.abstract(ONE_LAYER, jnp.bfloat16, fp8)
-    experts = experts | {"top_experts_mosaic_gpu", "ticket_table"}
+    experts = experts | {"top_experts_mosaic_gpu"}
 
     def integers(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), specs.per_request_B))
