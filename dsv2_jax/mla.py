@@ -7,6 +7,7 @@ Letters: B batch, T positions, D model, N heads, H nope dim, R rope dim, V value
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -24,7 +25,7 @@ from pallas_kernels.latent_pages import LatentPages
 from pallas_kernels.mla_attention import mla_attention
 from sharding import specs
 
-PARTS = 16  # of the rope keys' product
+FEW, PARTS = 16, 16  # tokens of a device whose rope keys are made in parts, and the parts
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
 
 
@@ -81,9 +82,7 @@ class MLA(nnx.Module):
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [self.cfg.qk_nope_head_dim], axis=-1)
         q_rope_BTNR = rotate(q_rope_BTNR, ctx.cos_BTJ, ctx.sin_BTJ)
         c_kv_BTC = rms_norm(project("btd,dc->btc", x_BTD, self.w_dkv), self.kv_norm[...], LATENT_NORM_EPS)
-        k_rope_BTR = rotate(
-            self._rope_keys(x_BTD, decode=ctx.table_BP is not None and x_BTD.shape[1] == 1), ctx.cos_BTJ, ctx.sin_BTJ
-        )
+        k_rope_BTR = rotate(self._rope_keys(x_BTD, ctx), ctx.cos_BTJ, ctx.sin_BTJ)
         layers, scale = self.cfg.num_hidden_layers, softmax_scale(self.cfg)
         if pages is not None:
             pages = cache.write(pages, c_kv_BTC, k_rope_BTR, ctx, layer, layers)
@@ -99,10 +98,12 @@ class MLA(nnx.Module):
             o_BTNV = attend(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, ctx.segment_ids_BT)
         return project("btk,kd->btd", o_BTNV.reshape(*x_BTD.shape[:2], -1), self.w_o), pages
 
-    def _rope_keys(self, x_BTD: jax.Array, decode: bool) -> jax.Array:
-        if not decode or x_BTD.dtype != jnp.bfloat16 or x_BTD.shape[2] % PARTS:
+    def _rope_keys(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        few = math.prod(x_BTD.shape[:2]) <= FEW * jax.sharding.get_abstract_mesh().size
+        # Sums of float32 numbers are in one order, whatever the batch.
+        if ctx.table_BP is None or not few or x_BTD.dtype != jnp.bfloat16 or x_BTD.shape[2] % PARTS:
             return jnp.einsum("btd,dr->btr", x_BTD, self.w_kr)
-        # A product of few tokens with so few columns runs on one SM, for longer than that with all queries: in parts on many.
+        # A product of few tokens with so few columns runs on one SM, and attention waits for it: in parts on many (9 and 5.3 us).
         x_BTPX, w_PXR = x_BTD.reshape(*x_BTD.shape[:2], PARTS, -1), self.w_kr.reshape(PARTS, -1, self.w_kr.shape[1])
         return einsum_float32("btpx,pxr->pbtr", x_BTPX, w_PXR).sum(axis=0).astype(x_BTD.dtype)
 
