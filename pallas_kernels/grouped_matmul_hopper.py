@@ -65,6 +65,7 @@ def swiglu(x_MD, weight_M, w_gate_EDF, w_up_EDF, group_sizes_E, row_unit: int, s
 
     Of fewer rows than weights, `row_unit` at most, each group has all.
     """
+    x_MD = jnp.pad(x_MD, ((0, -len(x_MD) % 8), (0, 0)))  # TMA reads tiles of eight rows
     return _launch([x_MD], [w_gate_EDF, w_up_EDF], weight_M, group_sizes_E, row_unit, False, outs=3 if save else 1)
 
 

@@ -126,7 +126,7 @@ class TestInterpreter(Bfloat16):
         for out_MF, wanted in zip(outs, (hidden, gate, up), strict=True):
             self.by_group(out_MF, wanted)
 
-    @pytest.mark.parametrize("rows", [16, 8])
+    @pytest.mark.parametrize("rows", [16, 13, 8])
     def test_swiglu_of_rows_that_every_group_has(self, rows):
         sizes_E = 16 * jnp.asarray([1, 0, 1, 1, 0, 1], jnp.int32)
         x_UD, weight_M = (jnp.asarray(self.rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, 64), (96,)))
@@ -220,8 +220,12 @@ def exact(a):
     return np.asarray(a, np.float32)
 
 
-@pytest.mark.parametrize("rows, unit", [(4096, 64), (128, 16), (64, 16)], ids=["training", "decode", "few rows"])
-def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
+@pytest.mark.parametrize(
+    "rows, unit, tokens",
+    [(4096, 64, 4096), (128, 16, 128), (64, 16, 64), (64, 16, 8), (64, 16, 13)],
+    ids=["training", "decode", "few rows", "eight for all", "thirteen for all"],
+)
+def test_lowers_for_cuda_inside_shard_map(rows, unit, tokens, monkeypatch):
     monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
     widths = [(2048, 1408), (2048, 1408), (1408, 2048)]
     batch = P(("data", "expert"))
@@ -238,7 +242,7 @@ def test_lowers_for_cuda_inside_shard_map(rows, unit, monkeypatch):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(jax.sharding.get_abstract_mesh(), spec))
 
     experts = [array((4, *width), spec=P("expert")) for width in widths]
-    args = array((rows, 2048)), array((rows,), jnp.float32), experts, array((4,), jnp.int32, P("expert"))
+    args = array((tokens, 2048)), array((rows,), jnp.float32), experts, array((4,), jnp.int32, P("expert"))
     text = jax.jit(gradients).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 6
 
