@@ -12,6 +12,7 @@ import jax
 
 from pallas_kernels import grouped_matmul_hopper, grouped_matmul_xla, grouped_wgrad_hopper
 from pallas_kernels.dispatch import choose
+from pallas_kernels.tickets import EXPERTS
 
 PARTS = {
     "xla": grouped_matmul_xla,
@@ -49,8 +50,8 @@ def unsupported(x_MK: jax.Array, ws: list, unit: int) -> str | None:
     # Of a dimension of one block of 64 a TMA copy has no index, and what lies outside would be stored inside.
     if any(size % 64 or size < 128 for w in ws for size in w.shape[1:]):
         return f"the weights are {', '.join(str(w.shape) for w in ws)}, expected dimensions of 128 or more that 64 divides"
-    if len(ws[0]) > 256:
-        return f"there are {len(ws[0])} experts, expected 256 or fewer"
+    if len(ws[0]) > EXPERTS:
+        return f"there are {len(ws[0])} experts, expected {EXPERTS} or fewer"
     if unit not in (16, 32, 64):
         return f"row_unit is {unit}, expected 16, 32 or 64"
     if x_MK.shape[0] % unit or x_MK.shape[0] < 64:

@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels import grouped_matmul_fp8_hopper, quantise_rows_hopper
 from pallas_kernels.dispatch import choose
+from pallas_kernels.tickets import EXPERTS
 
 BLOCK = 128  # columns under one scale
 UNIT = 8  # rows: the kernels take multiples
@@ -96,8 +97,8 @@ def grouped_matmul_fp8(x, w: Fp8Weights, group_sizes_E, row_unit: int, implement
         unsupported = f"row_unit is {row_unit}, expected a multiple of {UNIT}"
     elif rows % row_unit or not rows:
         unsupported = f"there are {rows} rows, expected a multiple of row_unit, {row_unit}"
-    elif len(w.values_EFK) > 256:
-        unsupported = f"there are {len(w.values_EFK)} experts, expected 256 or fewer"
+    elif len(w.values_EFK) > EXPERTS:
+        unsupported = f"there are {len(w.values_EFK)} experts, expected {EXPERTS} or fewer"
     if choose(implementation, unsupported) == "pallas":
         return grouped_matmul_fp8_hopper.matmul(x, w, group_sizes_E, row_unit)
     return _by_blocks(x, w, group_sizes_E, row_unit)

@@ -68,7 +68,7 @@ def matmul(x, w, group_sizes_E: jax.Array, row_unit: int) -> jax.Array:
             plgpu.set_max_registers(24, action="decrease")
 
             columns = parts * column_tiles
-            blocks = tickets.blocks(sizes_gmem, row_unit, row_unit, tile_rows, ring)
+            blocks = tickets.cut_rows(sizes_gmem, row_unit, row_unit, tile_rows, ring)
             describe = functools.partial(tickets.look_up, blocks, columns, tile_rows, _whole, ring)
             tickets.lead(describe, blocks.count * columns, ring, in_turn=most_blocks * columns <= SMS)
 

@@ -145,7 +145,7 @@ def _launch(xs_MA, ws, weight_M, group_sizes_E, row_unit: int, transposed: bool,
                 plgpu.copy_gmem_to_smem(weight_gmem[0].at[pl.ds(fields[1] * t.unit, t.rows)], words, barrier)
 
             most = t.rows // t.unit
-            blocks = tickets.blocks(sizes_gmem, t.unit, 1, most, ring)
+            blocks = tickets.cut_rows(sizes_gmem, t.unit, 1, most, ring)
             describe = functools.partial(tickets.look_up, blocks, column_tiles, most, _equal, ring)
             tickets.lead(describe, blocks.count * column_tiles, ring, attach if gated else None, in_turn=t.consumers == 1)
 

@@ -3,7 +3,7 @@
 A row's router weight scales its hidden values in float32, before they are rounded, and not its output. Combining is then a plain
 sum, and the weight's gradient needs no output: it is the product of the hidden values with their own gradient. Rows of no group,
 and rows that pad a group: see grouped_matmul.py. x may also have at most row_unit rows, the first ones of every group: each group's
-size is then row_unit or 0, and the weights of rows that are not its own are zero. Letters: see reference.py; D model, F hidden.
+size is then row_unit or 0, and the weights of rows that are not its own are zero. Letters: see reference.py; D model, F hidden, U rows of a unit; here the first axis of [M, U, D] is units.
 """
 
 import functools
@@ -24,8 +24,8 @@ def grouped_mlp(
 ) -> jax.Array:
     """See `reference.grouped_mlp`: same arguments, and the same result in rows of groups; differentiable in all but the sizes.
 
-    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason; or if x has fewer rows than there are
-        weights, and more than `row_unit`.
+    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason; or if x has neither as many rows as there are
+        weights nor at most `row_unit`.
     """
     check_rows(x_MD, weight_M, row_unit)
     parts = _parts(x_MD, weight_M, w_gate_EDF, w_up_EDF, w_down_EFD, row_unit, implementation)

@@ -30,8 +30,8 @@ def grouped_mlp_fp8(
     Both dimensions of the weights are multiples of 128, beyond what they hold zeros; x may have fewer columns than D, which then
     come back.
 
-    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason, or if x has fewer rows than there are weights, and
-        more than `row_unit`; TypeError, if it is differentiated.
+    Raises: ValueError, if the implementation is "pallas" and cannot run, with the reason, or if x has neither as many rows as there are
+        weights nor at most `row_unit`; TypeError, if it is differentiated.
     """
     check_rows(x_MD, weight_M, row_unit)
     multiply = functools.partial(

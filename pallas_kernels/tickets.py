@@ -22,7 +22,8 @@ from pallas_kernels.hopper import SMS, drain
 from pallas_kernels.lanes import LANES, THREADS, full, gather, iota, scatter, warp_sum_so_far
 
 ATTACHED = 32  # words before what a kernel attaches to a ticket: TMA writes at multiples of 128 bytes
-LEFT, BOARD, SUMS = 7, 8, 16  # of these: whether there is a tile; where threads tell each other of it, and of up to 256 experts
+THERE, BOARD, SUMS = 7, 8, 16  # of these: whether there is a tile; where threads tell each other of it, and of all experts
+EXPERTS = (ATTACHED - SUMS) // 2 * LANES  # at most: a warp's has two sums
 
 
 class Blocks(NamedTuple):
@@ -34,19 +35,18 @@ class Blocks(NamedTuple):
     length_E: jax.Array  # its rows
 
 
-def blocks(rows_gmem, unit: int, per_unit: int, most: int, refs: list) -> Blocks:
+def cut_rows(rows_gmem, unit: int, per_unit: int, most: int, refs: list) -> Blocks:
     """Experts' rows, padded to `unit` and each unit counted as `per_unit`, in the fewest blocks of at most `most`. For the warpgroup that
     leads. `refs`: as `lead` has them."""
     (experts,), board = rows_gmem.shape, refs[0].at[0]
     expert = iota(pl.cdiv(experts, THREADS) * THREADS)
     rows = jnp.where(expert < experts, gather(rows_gmem, expert), 0)
     length = lax.div(rows + (unit - 1), full(rows, unit)) * per_unit
-    counts = _blocks(length, most), length
+    counts = _count(length, most), length
     so_far = [warp_sum_so_far(x) for x in counts]
     warp, warps, last = expert >> 5, expert.size // LANES, (expert & (LANES - 1)) == LANES - 1
-    scatter(
-        board, jnp.where(expert < SUMS, expert, -1), full(expert, 0)
-    )  # where there are no blocks, a ticket names the first expert
+    # Where there are no blocks, a ticket names the first expert.
+    scatter(board, jnp.where(expert < SUMS, expert, -1), full(expert, 0))
     for i, sums in enumerate(so_far):
         scatter(board, jnp.where(last, warp + (SUMS + i * warps), -1), sums)
     plgpu.commit_smem()
@@ -58,7 +58,7 @@ def blocks(rows_gmem, unit: int, per_unit: int, most: int, refs: list) -> Blocks
     return Blocks(sum(totals[0]), begin, first, length)
 
 
-def _blocks(length, most: int):
+def _count(length, most: int):
     return lax.div(length + (most - 1), full(length, most))
 
 
@@ -72,7 +72,7 @@ def look_up(
     `cut(length, blocks, index, most)` says where a block begins within an expert of so many rows and blocks, and how long it is.
     """
     block, column = lax.div(ticket, jnp.int32(columns)), lax.rem(ticket, jnp.int32(columns))
-    expert, index, many = iota(blocks.begin_E.size), block - blocks.begin_E, _blocks(blocks.length_E, most)
+    expert, index, many = iota(blocks.begin_E.size), block - blocks.begin_E, _count(blocks.length_E, most)
     here = (index >= 0) & (index < many)
     start, length = cut(blocks.length_E, jnp.maximum(many, 1), index, most)
     board = refs[0].at[slot]
@@ -125,7 +125,7 @@ def lead(describe: Callable, count: jax.Array, refs: list, attach: Callable | No
 
     def pass_on(slot, ticket):
         fields = describe(jnp.clip(ticket, 0, jnp.maximum(count - 1, 0)), slot)
-        tiles[slot, LEFT] = jnp.where(ticket < count, 1, 0)
+        tiles[slot, THERE] = jnp.where(ticket < count, 1, 0)
         for place, field in enumerate(fields, 1):
             tiles[slot, place] = field
         if attach:
@@ -147,7 +147,7 @@ def follow(tile: Callable, fields: int, init, refs: list):
     def take(i):
         slot = lax.rem(i, jnp.int32(depth))
         plgpu.barrier_wait(come.at[slot])
-        return tiles[slot, LEFT]
+        return tiles[slot, THERE]
 
     def step(state):
         i, _, carry = state

@@ -124,15 +124,16 @@ def test_lowers_for_cuda_inside_shard_map(tokens, experts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ids, experts, message",
+    "shape, ids, weights, experts, message",
     [
-        (jax.ShapeDtypeStruct((8, 6), jnp.int16), 64, "int16"),
-        (jax.ShapeDtypeStruct((683, 6), jnp.int32), 64, "4098 pairs"),
-        (jax.ShapeDtypeStruct((8, 6), jnp.int32), 257, "257 experts"),
+        ((8, 6), jnp.int16, jnp.float32, 64, "int16"),
+        ((8, 6), jnp.int32, jnp.bfloat16, 64, "bfloat16"),
+        ((683, 6), jnp.int32, jnp.float32, 64, "4098 pairs"),
+        ((8, 6), jnp.int32, jnp.float32, 257, "257 experts"),
     ],
 )
-def test_the_kernel_says_what_it_needs(ids, experts, message, monkeypatch):
+def test_the_kernel_says_what_it_needs(shape, ids, weights, experts, message, monkeypatch):
     monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
     order = functools.partial(expert_order.expert_order, num_experts=experts, unit=16, rows=9000, implementation="pallas")
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(order, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
+        jax.eval_shape(order, *(jax.ShapeDtypeStruct(shape, dtype) for dtype in (ids, weights)))

@@ -43,12 +43,14 @@ class Bfloat16(GroupedCases):
     DTYPE, BOUND, SPARE = jnp.bfloat16, 5e-3, 0  # the most rows fill the last block
     MANY = (307, 0, 1, 64, 190), (0, 0, 700, 0, 0), (0, 0, 0, 0, 0), (16, 193, 385, 100, 7)
     FEW = (3, 0, 1, 40, 16), (0, 0, 0, 0, 0), (0, 200, 0, 0, 0)
+    MOST = (*[0] * 5, 40, 3, *[0] * 120, 16, *[0] * 31, 20), (*[0] * 159, 1)
     ONE = (3, 0, 1, 16, 16, *[0] * 11), (0, 30, *[0] * 14)  # so few that there is one consumer
     SHAPES = (
         ((192, 320), 64, MANY),
         ((5120, 1536), 16, FEW),
         ((192, 320), 16, FEW),
         ((192, 320), 16, ONE),
+        ((192, 128), 16, MOST),
         ((2048, 1408), 32, MANY),
         ((5120, 1536), 16, MANY),
     )
@@ -109,6 +111,12 @@ class TestInterpreter(Bfloat16):
         (out_MB,) = [grouped_matmul_hopper.matmul(xs_MA, ws_EBA, self.sizes_E, self.UNIT, transposed=True)]
         self.by_group(out_MB, lambda e, mine: sum(exact(x[mine]) @ exact(w[e]).T for x, w in zip(xs_MA, ws_EBA)))
 
+    def test_the_last_of_many_experts(self):
+        sizes_E, w_EAB = jnp.zeros(256, jnp.int32).at[255].set(5), self.weights(self.rng, 256, 64, 128)
+        x_MA = self.rows(self.rng, self.group_rows((5,), self.UNIT), 64)[0]
+        (out_MB,) = [grouped_matmul_hopper.matmul([x_MA], [w_EAB], sizes_E, self.UNIT)]
+        close(exact(out_MB[: self.UNIT]), exact(x_MA[: self.UNIT]) @ exact(w_EAB[255]), self.BOUND)
+
     def test_swiglu(self):
         x_MD, weight_M = self.poisoned(64), self.poisoned()
         w_gate_EDF, w_up_EDF = (self.weights(self.rng, len(self.SIZE), 64, 192) for _ in range(2))
@@ -129,9 +137,9 @@ class TestInterpreter(Bfloat16):
     @pytest.mark.parametrize("rows", [16, 13, 8])
     def test_swiglu_of_rows_that_every_group_has(self, rows):
         sizes_E = 16 * jnp.asarray([1, 0, 1, 1, 0, 1], jnp.int32)
-        x_UD, weight_M = (jnp.asarray(self.rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, 64), (96,)))
+        x_ND, weight_M = (jnp.asarray(self.rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, 64), (96,)))
         w_gate_EDF, w_up_EDF = (self.weights(self.rng, 6, 64, 192) for _ in range(2))
-        operands = x_UD, weight_M.astype(jnp.float32), w_gate_EDF, w_up_EDF, sizes_E, 16, False
+        operands = x_ND, weight_M.astype(jnp.float32), w_gate_EDF, w_up_EDF, sizes_E, 16, False
         (got_MF,), (wanted_MF,) = grouped_matmul_hopper.swiglu(*operands), grouped_matmul_xla.swiglu(*operands)
         close(exact(got_MF[:64]), exact(wanted_MF[:64]), self.BOUND)
 
@@ -157,24 +165,27 @@ CUTS = [grouped_matmul_hopper._equal, grouped_matmul_fp8_hopper._whole]
 UNIT, PER_UNIT, MOST, COLUMNS = 16, 2, 12, 3
 
 
-def tiles(rows_E, cut):
-    """The fields of every ticket, one after the other, as one warpgroup finds them."""
+def tiles(cut):
+    """A function that gives the fields of every ticket, one after the other, as one warpgroup finds them, and their number."""
     most = 300 * COLUMNS
 
     def body(rows_gmem, out_gmem, words):
-        blocks = tickets.blocks(rows_gmem, UNIT, PER_UNIT, MOST, [words])
-        index = lanes.iota(lanes.THREADS)
+        blocks = tickets.cut_rows(rows_gmem, UNIT, PER_UNIT, MOST, [words])
+        thread = lanes.iota(lanes.THREADS)
+
+        def put(place, value):
+            tickets.scatter(out_gmem, jnp.where(thread == 0, place, -1), lanes.full(thread, value))
 
         def step(ticket, _):
             slot = jax.lax.rem(ticket, jnp.int32(2))
             for field, value in enumerate(tickets.look_up(blocks, COLUMNS, MOST, cut, [words], ticket, slot)):
-                tickets.scatter(out_gmem, jnp.where(index == 0, ticket * 4 + field, -1), lanes.full(index, value))
+                put(ticket * 4 + field, value)
 
         count = blocks.count * COLUMNS
-        tickets.scatter(out_gmem, jnp.where(index == 0, most * 4, -1), lanes.full(index, count))
+        put(most * 4, count)
         jax.lax.fori_loop(0, count, step, None)
 
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((most * 4 + 1,), jnp.int32),
         grid=(1,),
@@ -182,18 +193,17 @@ def tiles(rows_E, cut):
         scratch_types=[plgpu.SMEM((2, tickets.ATTACHED), jnp.int32)],
         compiler_params=PARAMS,
     )
-    *fields, count = np.asarray(kernel(jnp.asarray(rows_E, jnp.int32))).tolist()
-    return np.reshape(fields, (most, 4))[:count]
 
 
 def tiles_cover_each_expert_once(cut, cases, experts):
-    rng = np.random.default_rng(0)
+    rng, run = np.random.default_rng(0), jax.jit(tiles(cut))
     for case in range(cases):
         lengths_E = rng.multinomial(rng.integers(0, 400), rng.dirichlet(np.full(experts, 0.5))) * (case > 0)
         rows_E = np.maximum(lengths_E * 8 - rng.integers(0, 8, experts), 0)  # padded to 16, of which each counts as 2
         lengths_E = -(-rows_E // UNIT) * PER_UNIT
         blocks_E, starts_E = -(-lengths_E // MOST), np.cumsum(lengths_E) - lengths_E
-        found = tiles(rows_E, cut)
+        *fields, count = np.asarray(run(jnp.asarray(rows_E, jnp.int32))).tolist()
+        found = np.reshape(fields, (-1, 4))[:count]
         assert found[:, 0].tolist() == np.repeat(np.arange(experts), blocks_E * COLUMNS).tolist()
         assert found[:, 2].tolist() == list(range(COLUMNS)) * blocks_E.sum()
         rows = [(e, row) for e, first, _, length in found[::COLUMNS] for row in range(first, first + length)]

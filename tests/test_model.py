@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dsv2_jax import cache, config, model
+from dsv2_jax import cache, config, mla, model
 from dsv2_jax.cache import Cache
+from dsv2_jax.context import Context
 from dsv2_jax.loss import log_likelihood
 from sharding import specs
 from sharding.mesh import make_mesh
@@ -142,3 +144,15 @@ def test_layers_are_computed_again_in_the_backward_pass_also_where_no_loop_keeps
     (alone, stacked), mixed = barriers(2), barriers(3)  # a dense one, and one or two others
     assert alone and not stacked
     assert all(mixed)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
+def test_rope_keys_of_few_tokens_are_those_of_many(mesh_shape):
+    """In a decode step bfloat16 keys are summed in parts."""
+    with jax.set_mesh(make_mesh(*mesh_shape)):
+        attention = mla.MLA(TINY, nnx.Rngs(0), jnp.bfloat16)
+        x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(8, 1, TINY.hidden_size)), jnp.bfloat16)
+        x_BTD = jax.reshard(x_BTD, specs.activations_BTD)
+        ctx = Context(*[None] * 4)
+        got, wanted = (attention._rope_keys(x_BTD, ctx._replace(table_BP=table)) for table in (x_BTD, None))
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=2**-7, atol=2**-10)
