@@ -86,7 +86,7 @@ def inverse(row_NK: jax.Array, rows: int) -> Order:
 
 
 def _or_zero(x_X: jax.Array, index: jax.Array) -> jax.Array:
-    """Elements of a vector; an index past the end gives zero."""
+    """Elements of a vector [X]; an index past the end gives zero."""
     return jnp.where(index < len(x_X), x_X.at[jnp.minimum(index, len(x_X) - 1)].get(mode="promise_in_bounds"), 0)
 
 

@@ -3,7 +3,9 @@
 A row's router weight scales its hidden values in float32, before they are rounded, and not its output. Combining is then a plain
 sum, and the weight's gradient needs no output: it is the product of the hidden values with their own gradient. Rows of no group,
 and rows that pad a group: see grouped_matmul.py. x may also have at most row_unit rows, the first ones of every group: each group's
-size is then row_unit or 0, and the weights of rows that are not its own are zero. Letters: see reference.py; D model, F hidden, U rows of a unit; here the first axis of [M, U, D] is units.
+size is then row_unit or 0, and the weights of rows that are not its own are zero.
+
+Letters: see reference.py; D model, F hidden, N units of U rows.
 """
 
 import functools
@@ -65,8 +67,8 @@ def _backward(row_unit, implementation, saved, dout_MD):
     (dw_down_EFD,) = parts.weight_gradients(hidden_MF, [dout_MD], group_sizes_E, row_unit, w_down_EFD.dtype)
     dx_MD = parts.matmul([dgate_MF, dup_MF], [w_gate_EDF, w_up_EDF], group_sizes_E, row_unit, transposed=True)
     if len(few_MD) < len(x_MD):
-        dx_MUD = jnp.where(in_group_M[:, None], dx_MD, 0).reshape(-1, row_unit, x_MD.shape[1])
-        dx_MD = dx_MUD.sum(axis=0, dtype=jnp.float32)[: len(few_MD)]
+        dx_NUD = jnp.where(in_group_M[:, None], dx_MD, 0).reshape(-1, row_unit, x_MD.shape[1])
+        dx_MD = dx_NUD.sum(axis=0, dtype=jnp.float32)[: len(few_MD)]
     dw_EDF = parts.weight_gradients(x_MD, [dgate_MF, dup_MF], group_sizes_E, row_unit, w_gate_EDF.dtype)
     return dx_MD.astype(x_MD.dtype), dweight_M, *dw_EDF, dw_down_EFD, None
 
