@@ -2,7 +2,8 @@
 
 Each device has a pool of pages of its own, for the requests whose tokens it computes. A page stands for 64 tokens in all layers:
 layer l keeps page p's in row l * N + p of the pool, so that the pool is one array, which every layer updates in place.
-Letters: L layers, N pages of a device, B requests, T new tokens, P pages of a request, H heads, C latent dim, R rope dim.
+Letters: L layers, N pages of a device, B requests, T new tokens, P pages of a request, H heads, C latent dim, R rope dim, V value dim;
+X what differs from format to format, or from operand to operand.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from pallas_kernels import latent_pages
 from pallas_kernels.decode_schedule import Schedule, make_schedule
 from pallas_kernels.latent_pages import PAGE, LatentPages
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_extend import mla_extend
 from sharding import specs
 
 FORMATS = {"float32": "f32", "bfloat16": "bf16", "fp8": "fp8", "int6": "int6"}  # `--cache_dtype` and the kernels' names
@@ -97,3 +99,28 @@ def attend(
     # Kernels know no mesh: each device attends over its own pages.
     over_pages = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)
     return over_pages(q_latent_BTHC, q_rope_BTHR, pages, ctx.table_BP, ctx.positions_BT, ctx.schedule, layer)
+
+
+def extend(
+    q_nope_BTHX: jax.Array,
+    q_rope_BTHR: jax.Array,
+    c_kv_BTC: jax.Array,
+    k_rope_BTR: jax.Array,
+    w_uk_CHX: jax.Array,
+    w_uv_CHV: jax.Array,
+    pages: LatentPages,
+    ctx: Context,
+    layer: jax.Array,
+    layers: int,
+    scale: float,
+) -> jax.Array:
+    """Naive attention of each token to a layer's pages of its request, as far as they come before the first of these tokens, and to
+    these tokens up to itself: [B, T, H, V]."""
+
+    def island(operands, weights, pages, table_BP, positions_BT, layer):
+        table_BP = table_BP + layer * (len(pages.latent) // layers)
+        return mla_extend(*operands, pages, table_BP, jnp.maximum(positions_BT[:, 0], 0), *weights, scale=scale)
+
+    operands, weights = (q_nope_BTHX, q_rope_BTHR, c_kv_BTC, k_rope_BTR), (w_uk_CHX, w_uv_CHV)
+    over_pages = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)
+    return over_pages(operands, weights, pages, ctx.table_BP, ctx.positions_BT, layer)

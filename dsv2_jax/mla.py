@@ -26,6 +26,7 @@ from pallas_kernels.mla_attention import mla_attention
 from sharding import specs
 
 FEW, PARTS = 16, 16  # tokens of a device whose rope keys are made in parts, and the parts
+MANY = 512  # new tokens of a request for which its past is expanded: from 171 on that takes fewer FLOPs, but it is not only FLOPs
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
 
 
@@ -86,7 +87,10 @@ class MLA(nnx.Module):
         layers, scale = self.cfg.num_hidden_layers, softmax_scale(self.cfg)
         if pages is not None:
             pages = cache.write(pages, c_kv_BTC, k_rope_BTR, ctx, layer, layers)
-        if ctx.table_BP is not None:
+        if ctx.table_BP is not None and x_BTD.shape[1] >= MANY:
+            weights = self.w_uk[...], self.w_uv[...]
+            o_BTNV = cache.extend(q_nope_BTNH, q_rope_BTNR, c_kv_BTC, k_rope_BTR, *weights, pages, ctx, layer, layers, scale)
+        elif ctx.table_BP is not None:
             q_latent_BTNC = _each_token(absorb_queries, q_BTNX, self.w_uk)
             o_latent_BTNC = cache.attend(q_latent_BTNC, q_rope_BTNR, pages, ctx, layer, layers, scale)
             o_BTNV = _each_token(functools.partial(jnp.einsum, "mnc,cnv->mnv"), o_latent_BTNC, self.w_uv)

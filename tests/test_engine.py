@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import config, engine, model, steps
+from dsv2_jax import cache, config, engine, mla, model, steps
 from dsv2_jax.completion import complete, greedy
 from dsv2_jax.engine import Engine
 from dsv2_jax.fields import InputError
@@ -84,6 +84,20 @@ def test_chunked_prefill_gives_the_same(m, alone, name, monkeypatch):
     one = new_engine(m)
     same(complete(one, [(p, BOTH[name]) for p in PROMPTS]), alone[name])
     assert one.counters.prompt_tokens == sum(map(len, PROMPTS))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_past_that_is_expanded_gives_the_same(m, alone, devices, monkeypatch):
+    monkeypatch.setattr(engine, "PREFILL", 64)
+    monkeypatch.setattr(engine, "EXTEND", 256)
+    monkeypatch.setattr(mla, "MANY", 128)
+    extend, traced = cache.extend, []
+    monkeypatch.setattr(cache, "extend", lambda *operands: traced.append(operands[0].shape) or extend(*operands))
+    with jax.set_mesh(make_mesh(1, 1) if devices == 1 else make_mesh(2, 4)):
+        one = new_engine(m if devices == 1 else model.init(CFG, 0, jnp.float32), pages=16)
+        for name, wanted in alone.items():
+            same(complete(one, [(p, BOTH[name]) for p in PROMPTS]), wanted)
+    assert traced and all(shape[1] >= 128 for shape in traced)
 
 
 @pytest.mark.parametrize("name", BOTH)
