@@ -119,7 +119,7 @@ def extend(
 
     def island(operands, weights, pages, table_BP, positions_BT, layer):
         table_BP = table_BP + layer * (len(pages.latent) // layers)
-        return mla_extend(*operands, pages, table_BP, jnp.maximum(positions_BT[:, 0], 0), *weights, scale=scale)
+        return mla_extend(*operands, pages, table_BP, positions_BT[:, 0], *weights, scale=scale)
 
     operands, weights = (q_nope_BTHX, q_rope_BTHR, c_kv_BTC, k_rope_BTR), (w_uk_CHX, w_uv_CHV)
     over_pages = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)

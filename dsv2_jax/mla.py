@@ -1,6 +1,6 @@
 """Multi-head Latent Attention (paper section 2.1, eq. 9-19), in its naive and its absorbed form, from the same weights.
 
-naive:    expand the latents of all tokens to keys and values of every head; fewer FLOPs when queries are as many as keys.
+naive:    expand the latents of all tokens to keys and values of every head; fewer FLOPs where a key meets many queries.
 absorbed: bring queries into the latent space (w_uk) and the result out of it (w_uv); the cache is read as it lies.
 
 Letters: B batch, T positions, D model, N heads, H nope dim, R rope dim, V value dim, Q query latent, C kv latent.
@@ -26,7 +26,9 @@ from pallas_kernels.mla_attention import mla_attention
 from sharding import specs
 
 FEW, PARTS = 16, 16  # tokens of a device whose rope keys are made in parts, and the parts
-MANY = 512  # new tokens of a request for which its past is expanded: from 171 on that takes fewer FLOPs, but it is not only FLOPs
+# Rows of so many new positions have their requests' pasts expanded. From 171 on that takes fewer FLOPs (mla_extend.py), but an engine
+# fills rows of 512 up to four of them, and what is expanded for empty ones is in vain. Not timed yet.
+MANY = 1024
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
 
 

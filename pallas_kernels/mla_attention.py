@@ -60,19 +60,17 @@ def part_of_attention(
     if choose(implementation, unsupported(*operands, scale)) == "pallas":
         out_BTNV, lse_BNT = mla_attention_forward.forward(*operands, None, keys_B, scale=scale)
         return out_BTNV, lse_BNT[:, :, : out_BTNV.shape[1]].swapaxes(1, 2)
-    parts, (length, keys) = [], (q_nope_BTNH.shape[1], k_nope_BSNH.shape[1])
-    for start in range(0, length, CHUNK):
-        q_nope_BQNH, q_rope_BQNR = (x[:, start : start + CHUNK] for x in operands[:2])
+    parts, length = [], q_nope_BTNH.shape[1]
+    chunk = max(CHUNK, -(-length // 16))
+    for start in range(0, length, chunk):
+        q_nope_BQNH, q_rope_BQNR = (x[:, start : start + chunk] for x in operands[:2])
         scores_BNQS = _scores(q_nope_BQNH, q_rope_BQNR, *operands[2:4]) * scale
-        if keys_B is None:
-            visible_BQS = (start + jnp.arange(scores_BNQS.shape[2])[:, None] >= jnp.arange(keys))[None]
-        else:
-            visible_BQS = (jnp.arange(keys) < keys_B[:, None])[:, None]
-        scores_BNQS = jnp.where(visible_BQS[:, None], scores_BNQS, MASKED)
-        lse_BNQ = jax.nn.logsumexp(scores_BNQS, axis=-1)
-        probs_BNQS = jnp.exp(scores_BNQS - lse_BNQ[..., None]).astype(v_BSNV.dtype)
+        queries, keys = scores_BNQS.shape[2:]
+        end_BQ = start + jnp.arange(1, queries + 1)[None] if keys_B is None else keys_B[:, None]
+        scores_BNQS = jnp.where((jnp.arange(keys) < end_BQ[..., None])[:, None], scores_BNQS, MASKED)
+        probs_BNQS = jax.nn.softmax(scores_BNQS, axis=-1).astype(v_BSNV.dtype)
         out_BQNV = einsum_float32("bnqs,bsnv->bqnv", probs_BNQS, v_BSNV).astype(q_nope_BTNH.dtype)
-        parts.append((out_BQNV, lse_BNQ.swapaxes(1, 2) * LOG2_E))
+        parts.append((out_BQNV, jax.nn.logsumexp(scores_BNQS, axis=-1).swapaxes(1, 2) * LOG2_E))
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 

@@ -48,8 +48,7 @@ def forward(
 
     Args:
         segment_ids_BT: None where all positions are of one segment.
-        keys_B: int32; each query sees the first keys_B[b] keys, one at least, of any number, and not those up to its own position.
-            Without segments.
+        keys_B: int32, without segments: each query sees the first keys_B[b] of the keys, one at least; not those up to its own position.
 
     Returns:
         [B, T, N, V], and the base-2 logarithm of the sum of a row's exponentials, float32 [B, N, T in whole blocks] (beyond T finite,
@@ -57,13 +56,15 @@ def forward(
     """
     batch, length, heads, _ = q_nope_BTNH.shape
     blocks = pl.cdiv(length, BLOCK)
-    seen = []  # what the kernel has to know of who sees what
+    seen = []  # what the kernel has to know of who sees what: ids and spans, or counts of keys, or nothing
+    if segment_ids_BT is not None and keys_B is not None:
+        raise ValueError("keys_B is given beside segment_ids_BT, expected one of them to be None")
     if segment_ids_BT is not None:
         ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, blocks * BLOCK - length)), mode="edge")
         seen = [ids_BT, _spans(ids_BT.reshape(batch, blocks, BLOCK))]
     elif keys_B is not None:
         seen = [keys_B.astype(jnp.int32)]
-    operands = [_in_rows_of_eight(x) for x in (q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV)]
+    operands = [_for_tma(x) for x in (q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV)]
     kernel = plgpu.kernel(
         functools.partial(_program, scale=scale),
         out_type=[
@@ -82,7 +83,7 @@ def forward(
     return out_BTNV[:, :length], lse_BNT
 
 
-def _in_rows_of_eight(x_BTX):
+def _for_tma(x_BTX):
     """TMA counts in 8 rows, and wants a block at least; it reads those beyond the end as zeros, and does not write them."""
     length = x_BTX.shape[1]
     missing = -length % BLOCK if length % 8 or length < BLOCK else 0
@@ -113,9 +114,10 @@ class _Tile(NamedTuple):
     head: Any
     row: Any  # of the batch
     query: Any  # block of queries
-    last: Any  # block of keys: the first that is taken, on the diagonal
+    last: Any  # block of keys, which is taken first: on the diagonal, or of a given number of keys the last
     keys: Any  # number of blocks, from the last backwards
-    clear: Any  # as many of them need no look at the ids; or, of a given number of keys, those in the last block
+    clear: Any  # as many of them need no look at the ids
+    visible: Any  # keys of the last block, where their number is given
 
 
 class _Shared(NamedTuple):
@@ -171,6 +173,7 @@ def _before(step):
 def _program(*refs, scale: float, shared: _Shared):
     """Takes tiles until there are no more: the third warpgroup feeds, the others compute."""
     operands, (*seen, out_gmem, lse_gmem) = refs[:5], refs[5:]
+    segments, counts = (seen, []) if len(seen) == 2 else ([], seen)
     batch, heads, length = lse_gmem.shape
     rows = batch * length // BLOCK  # tiles of a head
     warpgroup = lax.axis_index("warpgroup")
@@ -182,14 +185,12 @@ def _program(*refs, scale: float, shared: _Shared):
         index -= group * (GROUP * rows)
         rank = lax.div(index, width)
         row, query = lax.rem(rank, jnp.int32(batch)), length // BLOCK - 1 - lax.div(rank, jnp.int32(batch))  # longest first
-        last, keys, clear = query, query + 1, query + 1
-        if len(seen) == 1:
-            last = lax.div(seen[0][row] - 1, jnp.int32(BLOCK))
-            keys, clear = last + 1, seen[0][row] - last * BLOCK
-        elif seen:
-            keys, clear = (seen[1][k, row, query] for k in range(2))
+        last = lax.div(counts[0][row] - 1, jnp.int32(BLOCK)) if counts else query
+        keys, clear = (segments[1][k, row, query] for k in range(2)) if segments else (last + 1, last + 1)
+        visible = counts[0][row] - last * BLOCK if counts else BLOCK
         more = ticket < heads * rows
-        return _Tile(more.astype(jnp.int32), group * GROUP + index - rank * width, row, query, last, jnp.where(more, keys, 1), clear)
+        head, keys = group * GROUP + index - rank * width, jnp.where(more, keys, 1)
+        return _Tile(more.astype(jnp.int32), head, row, query, last, keys, clear, visible)
 
     @pl.when(warpgroup == 2)
     def _():
@@ -199,7 +200,7 @@ def _program(*refs, scale: float, shared: _Shared):
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(registers(2), action="increase")
-        _Rows(warpgroup, scale * LOG2_E, seen[:1] if len(seen) == 2 else [], len(seen) != 1, out_gmem, lse_gmem, shared).run()
+        _Rows(warpgroup, scale * LOG2_E, segments[:1], bool(counts), out_gmem, lse_gmem, shared).run()
 
 
 def _feed(tile, q_nope_gmem, q_rope_gmem, k_nope_gmem, k_rope_gmem, v_gmem, shared: _Shared):
@@ -259,7 +260,7 @@ class _Rows(NamedTuple):
     mine: jax.Array
     scale_log2: float  # scores are multiplied with it, and exponentials are of base 2
     ids_gmem: list  # with segments, one
-    causal: bool  # or each row sees the same keys
+    counted: bool  # all rows see the same keys, as many as were given
     out_gmem: Any
     lse_gmem: Any
     shared: _Shared
@@ -293,10 +294,10 @@ class _Rows(NamedTuple):
         pl.when((tile.keys == 1) & more)(lambda: plgpu.barrier_arrive(shared.q_free.at[self.mine]))
         # From vectors: the numbers of all the scores would be kept over the loop, and spilled.
         column = spread(plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=COL), scores.shape, 1)
-        if self.causal:
-            end = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW) + self.mine * HALF
+        if self.counted:
+            end = plgpu.layout_cast(jnp.full((HALF,), tile.visible - 1, jnp.int32), ROW)
         else:
-            end = plgpu.layout_cast(jnp.full((HALF,), tile.clear - 1, jnp.int32), ROW)
+            end = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW) + self.mine * HALF
         scores = jnp.where(spread(end, scores.shape) >= column, scores, -jnp.inf)
         if self.ids_gmem:
             scores = lax.cond(tile.clear == 0, lambda: self.hide(scores, tile, 0), lambda: scores)

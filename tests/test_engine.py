@@ -13,6 +13,7 @@ from dsv2_jax.completion import complete, greedy
 from dsv2_jax.engine import Engine
 from dsv2_jax.fields import InputError
 from dsv2_jax.sampling import Sampling
+from pallas_kernels import mla_extend
 from pallas_kernels.latent_pages import PAGE
 from sharding.mesh import make_mesh
 
@@ -87,17 +88,22 @@ def test_chunked_prefill_gives_the_same(m, alone, name, monkeypatch):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_past_that_is_expanded_gives_the_same(m, alone, devices, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL", 64)
+def test_a_past_that_is_expanded_gives_the_same(m, devices, monkeypatch):
+    """Requests of unlike pasts in one program, each past in parts."""
+    prompts = [np.random.default_rng(n).integers(0, 512, n).tolist() for n in (200, 300, 411)]
+    requests = [(p, sampling) for p in prompts for sampling in BOTH.values()]
+    wanted = [answers[0] for answers in complete(new_engine(m), requests)]
     monkeypatch.setattr(engine, "EXTEND", 256)
     monkeypatch.setattr(mla, "MANY", 128)
+    monkeypatch.setattr(mla_extend, "PART", 4 * PAGE)
     extend, traced = cache.extend, []
     monkeypatch.setattr(cache, "extend", lambda *operands: traced.append(operands[0].shape) or extend(*operands))
     with jax.set_mesh(make_mesh(1, 1) if devices == 1 else make_mesh(2, 4)):
-        one = new_engine(m if devices == 1 else model.init(CFG, 0, jnp.float32), pages=16)
-        for name, wanted in alone.items():
-            same(complete(one, [(p, BOTH[name]) for p in PROMPTS]), wanted)
-    assert traced and all(shape[1] >= 128 for shape in traced)
+        for prefill in (64, 128, 256):
+            monkeypatch.setattr(engine, "PREFILL", prefill)
+            one = new_engine(m if devices == 1 else model.init(CFG, 0, jnp.float32))
+            same(complete(one, requests), wanted)
+    assert traced
 
 
 @pytest.mark.parametrize("name", BOTH)
