@@ -26,8 +26,8 @@ from pallas_kernels.mla_attention import mla_attention
 from sharding import specs
 
 FEW, PARTS = 16, 16  # tokens of a device whose rope keys are made in parts, and the parts
-# Rows of so many new positions have their requests' pasts expanded. From 171 on that takes fewer FLOPs (mla_extend.py), but an engine
-# fills rows of 512 up to four of them, and what is expanded for empty ones is in vain. Not timed yet.
+# Rows of so many new positions have their requests' pasts expanded. From 171 on that takes fewer FLOPs (mla_extend.py), but of rows of
+# 512 an engine's program has four, and what is expanded for empty ones is in vain. Counted, not timed.
 MANY = 1024
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
 
