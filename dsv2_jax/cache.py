@@ -6,6 +6,7 @@ Letters: L layers, N pages of a device, B requests, T new tokens, P pages of a r
 X what differs from format to format, or from operand to operand.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -92,13 +93,10 @@ def attend(
 ) -> jax.Array:
     """Absorbed attention of each token over a layer's pages of its request, up to its own position: [B, T, H, C]."""
 
-    def island(q_latent_BTHC, q_rope_BTHR, pages, table_BP, positions_BT, schedule, layer):
-        table_BP = table_BP + layer * (len(pages.latent) // layers)
-        return mla_decode(q_latent_BTHC, q_rope_BTHR, pages, table_BP, positions_BT, scale=scale, schedule=schedule)
+    def kernel(operands, pages, table_BP, positions_BT, schedule):
+        return mla_decode(*operands, pages, table_BP, positions_BT, scale=scale, schedule=schedule)
 
-    # Kernels know no mesh: each device attends over its own pages.
-    over_pages = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)
-    return over_pages(q_latent_BTHC, q_rope_BTHR, pages, ctx.table_BP, ctx.positions_BT, ctx.schedule, layer)
+    return _over_pages(kernel, (q_latent_BTHC, q_rope_BTHR), pages, ctx, layer, layers)
 
 
 def extend(
@@ -117,10 +115,19 @@ def extend(
     """Naive attention of each token to a layer's pages of its request, as far as they come before the first of these tokens, and to
     these tokens up to itself: [B, T, H, V]."""
 
-    def island(operands, weights, pages, table_BP, positions_BT, layer):
-        table_BP = table_BP + layer * (len(pages.latent) // layers)
-        return mla_extend(*operands, pages, table_BP, positions_BT[:, 0], *weights, scale=scale)
+    def kernel(operands, pages, table_BP, positions_BT, _):
+        *new, w_uk_CHX, w_uv_CHV = operands
+        return mla_extend(*new, pages, table_BP, positions_BT[:, 0], w_uk_CHX, w_uv_CHV, scale=scale)
 
-    operands, weights = (q_nope_BTHX, q_rope_BTHR, c_kv_BTC, k_rope_BTR), (w_uk_CHX, w_uv_CHV)
-    over_pages = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)
-    return over_pages(operands, weights, pages, ctx.table_BP, ctx.positions_BT, layer)
+    operands = q_nope_BTHX, q_rope_BTHR, c_kv_BTC, k_rope_BTR, w_uk_CHX, w_uv_CHV
+    return _over_pages(kernel, operands, pages, ctx, layer, layers)
+
+
+def _over_pages(kernel: Callable, operands, pages: LatentPages, ctx: Context, layer: jax.Array, layers: int) -> jax.Array:
+    """Kernels know no mesh: each device attends over its own pages."""
+
+    def island(operands, pages, table_BP, positions_BT, schedule, layer):
+        return kernel(operands, pages, table_BP + layer * (len(pages.latent) // layers), positions_BT, schedule)
+
+    run = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)
+    return run(operands, pages, ctx.table_BP, ctx.positions_BT, ctx.schedule, layer)

@@ -64,10 +64,9 @@ def part_of_attention(
     chunk = max(CHUNK, -(-length // 16))
     for start in range(0, length, chunk):
         q_nope_BQNH, q_rope_BQNR = (x[:, start : start + chunk] for x in operands[:2])
-        scores_BNQS = _scores(q_nope_BQNH, q_rope_BQNR, *operands[2:4]) * scale
-        queries, keys = scores_BNQS.shape[2:]
-        end_BQ = start + jnp.arange(1, queries + 1)[None] if keys_B is None else keys_B[:, None]
-        scores_BNQS = jnp.where((jnp.arange(keys) < end_BQ[..., None])[:, None], scores_BNQS, MASKED)
+        end_BQ = start + jnp.arange(1, q_nope_BQNH.shape[1] + 1)[None] if keys_B is None else keys_B[:, None]
+        visible_BQS = jnp.arange(k_rope_BSR.shape[1]) < end_BQ[..., None]
+        scores_BNQS = _scores(q_nope_BQNH, q_rope_BQNR, k_nope_BSNH, k_rope_BSR, visible_BQS, scale)
         probs_BNQS = jax.nn.softmax(scores_BNQS, axis=-1).astype(v_BSNV.dtype)
         out_BQNV = einsum_float32("bnqs,bsnv->bqnv", probs_BNQS, v_BSNV).astype(q_nope_BTNH.dtype)
         parts.append((out_BQNV, jax.nn.logsumexp(scores_BNQS, axis=-1).swapaxes(1, 2) * LOG2_E))
@@ -148,15 +147,16 @@ def _xla(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, segment_ids_
 @jax.checkpoint
 def _attend(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV, q_segment_BT, k_segment_BS, scale) -> jax.Array:
     """Attention of the last T of S positions over all S of them."""
-    scores_BNTS = _scores(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR)
-    queries, keys = scores_BNTS.shape[2:]
+    queries, keys = q_nope_BTNH.shape[1], k_nope_BSNH.shape[1]
     causal_TS = jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys)
     visible_BTS = causal_TS & (q_segment_BT[:, :, None] == k_segment_BS[:, None, :])
-    probs_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED), axis=-1)
+    scores_BNTS = _scores(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, visible_BTS, scale)
+    probs_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
     out_BTNV = einsum_float32("bnts,bsnv->btnv", probs_BNTS.astype(v_BSNV.dtype), v_BSNV)
     return out_BTNV.astype(q_nope_BTNH.dtype)
 
 
-def _scores(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR) -> jax.Array:
+def _scores(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, visible_BTS, scale) -> jax.Array:
     scores_BNTS = einsum_float32("btnh,bsnh->bnts", q_nope_BTNH, k_nope_BSNH)
-    return scores_BNTS + einsum_float32("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR)
+    scores_BNTS += einsum_float32("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR)
+    return jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED)

@@ -40,7 +40,7 @@ def mla_extend(
     Args:
         pages: what the table names behind a request's past does not count, whatever it holds.
         past_B: -1 is as good as 0.
-        implementation: of the parts, see `part_of_attention`; which of them are computed depends on `past_B` alone.
+        implementation: of the parts, see `part_of_attention`.
     """
     dtype = q_nope_BTNH.dtype
 
