@@ -28,7 +28,7 @@ from dsv2_jax.tokenizer import Tokenizer
 from pallas_kernels.latent_pages import PAGE
 from sharding.mesh import make_mesh
 
-CHUNK = 256  # fewer than `mla.MANY`, so that a chunk's own tokens are read back from the cache too
+CHUNK = 256
 BASE = ("bfloat16", "bfloat16")
 VARIANTS = (("bfloat16", "fp8"), ("bfloat16", "int6"), ("fp8", "bfloat16"), ("fp8", "int6"))  # weights, cache
 
@@ -98,26 +98,20 @@ def attention_errors(base: model.Decoder, other: model.Decoder, tokens_T, format
     cfg, pages_per_layer = base.cfg, -(-len(tokens_T) // PAGE)
     tokens_BT, positions_BT, segments_BT = model.from_zero(jnp.asarray(tokens_T)[None])
     table_BP = jnp.arange(pages_per_layer, dtype=jnp.int32)[None]
-
-    def through_cache(attn, x_BTD, dtype, layer):
-        pages, outs = cache.empty(cfg, pages_per_layer, dtype), []
-        for start in range(0, len(tokens_T), CHUNK):
-            chunk_BTD, *places = (x[:, start : start + CHUNK] for x in (x_BTD, positions_BT, segments_BT))
-            ctx = Context(*places, *cos_sin(cfg, places[0]), slots_BT=places[0], table_BP=table_BP)
-            ctx = ctx._replace(schedule=cache.schedule(places[0], cfg.num_attention_heads))
-            out_BTD, pages = attn(chunk_BTD, ctx, pages, jnp.int32(layer))
-            outs.append(out_BTD.astype(jnp.float32))
-        return jnp.concatenate(outs, axis=1)
-
+    split = cache.schedule(positions_BT, cfg.num_attention_heads)
     ctx = Context(positions_BT, segments_BT, *cos_sin(cfg, positions_BT))
+    ctx = ctx._replace(slots_BT=positions_BT, table_BP=table_BP, schedule=split)
     x_BTD, errors, layer = base._embed(tokens_BT, positions_BT, segments_BT)[0], [], 0
     for kind, start, length in cfg.runs:
         for index in range(start, start + length):
             one, another = (jax.tree.map(lambda a, index=index: a[index], getattr(m, kind)) for m in (base, other))
             normed_BTD = rms_norm(x_BTD, one.attn_norm[...], cfg.rms_norm_eps)
-            wanted, got = (through_cache(part.attn, normed_BTD, dtype, layer) for part, dtype in zip((one, another), formats))
+            wanted, got = (
+                part.attn(normed_BTD, ctx, cache.empty(cfg, pages_per_layer, dtype), jnp.int32(layer))[0].astype(jnp.float32)
+                for part, dtype in zip((one, another), formats)
+            )
             errors.append(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted))
-            x_BTD, _, _ = one(x_BTD, ctx)
+            x_BTD, _, _ = one(x_BTD, ctx._replace(table_BP=None))
             layer += 1
     return jnp.stack(errors)
 

@@ -2,11 +2,9 @@
 
 Each device has a pool of pages of its own, for the requests whose tokens it computes. A page stands for 64 tokens in all layers:
 layer l keeps page p's in row l * N + p of the pool, so that the pool is one array, which every layer updates in place.
-Letters: L layers, N pages of a device, B requests, T new tokens, P pages of a request, H heads, C latent dim, R rope dim, V value dim;
-X what differs from format to format, or from operand to operand.
+Letters: L layers, N pages of a device, B requests, T new tokens, P pages of a request, H heads, C latent dim, R rope dim.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +17,6 @@ from pallas_kernels import latent_pages
 from pallas_kernels.decode_schedule import Schedule, make_schedule
 from pallas_kernels.latent_pages import PAGE, LatentPages
 from pallas_kernels.mla_decode import mla_decode
-from pallas_kernels.mla_extend import mla_extend
 from sharding import specs
 
 FORMATS = {"float32": "f32", "bfloat16": "bf16", "fp8": "fp8", "int6": "int6"}  # `--cache_dtype` and the kernels' names
@@ -93,41 +90,10 @@ def attend(
 ) -> jax.Array:
     """Absorbed attention of each token over a layer's pages of its request, up to its own position: [B, T, H, C]."""
 
-    def kernel(operands, pages, table_BP, positions_BT, schedule):
-        return mla_decode(*operands, pages, table_BP, positions_BT, scale=scale, schedule=schedule)
+    def island(q_latent_BTHC, q_rope_BTHR, pages, table_BP, positions_BT, schedule, layer):
+        table_BP = table_BP + layer * (len(pages.latent) // layers)
+        return mla_decode(q_latent_BTHC, q_rope_BTHR, pages, table_BP, positions_BT, scale=scale, schedule=schedule)
 
-    return _over_pages(kernel, (q_latent_BTHC, q_rope_BTHR), pages, ctx, layer, layers)
-
-
-def extend(
-    q_nope_BTHX: jax.Array,
-    q_rope_BTHR: jax.Array,
-    c_kv_BTC: jax.Array,
-    k_rope_BTR: jax.Array,
-    w_uk_CHX: jax.Array,
-    w_uv_CHV: jax.Array,
-    pages: LatentPages,
-    ctx: Context,
-    layer: jax.Array,
-    layers: int,
-    scale: float,
-) -> jax.Array:
-    """Naive attention of each token to a layer's pages of its request, as far as they come before the first of these tokens, and to
-    these tokens up to itself: [B, T, H, V]."""
-
-    def kernel(operands, pages, table_BP, positions_BT, _):
-        *new, w_uk_CHX, w_uv_CHV = operands
-        return mla_extend(*new, pages, table_BP, positions_BT[:, 0], w_uk_CHX, w_uv_CHV, scale=scale)
-
-    operands = q_nope_BTHX, q_rope_BTHR, c_kv_BTC, k_rope_BTR, w_uk_CHX, w_uv_CHV
-    return _over_pages(kernel, operands, pages, ctx, layer, layers)
-
-
-def _over_pages(kernel: Callable, operands, pages: LatentPages, ctx: Context, layer: jax.Array, layers: int) -> jax.Array:
-    """Kernels know no mesh: each device attends over its own pages."""
-
-    def island(operands, pages, table_BP, positions_BT, schedule, layer):
-        return kernel(operands, pages, table_BP + layer * (len(pages.latent) // layers), positions_BT, schedule)
-
-    run = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)
-    return run(operands, pages, ctx.table_BP, ctx.positions_BT, ctx.schedule, layer)
+    # Kernels know no mesh: each device attends over its own pages.
+    over_pages = jax.shard_map(island, out_specs=specs.heads_BTNV, check_vma=False)
+    return over_pages(q_latent_BTHC, q_rope_BTHR, pages, ctx.table_BP, ctx.positions_BT, ctx.schedule, layer)

@@ -2,9 +2,8 @@
 
 A step sends up to three programs to the devices, each compiled once for a fixed set of shapes: `prefill` of prompts from their
 beginning, packed into one row a device (naive attention); `prefill` of further chunks over what the cache holds of their requests
-(naive too, or absorbed, by their length: `mla.MANY`); and `decode` of one token of every request that is past its prompt (absorbed).
-`next_tokens` follows each of them. Chunks bound how long a decode step waits for prompts. Devices compute ahead: a step reads the
-tokens of the one before.
+(absorbed); and `decode` of one token of every request that is past its prompt. `next_tokens` follows each of them. Chunks bound how
+long a decode step waits for prompts. Devices compute ahead: a step reads the tokens of the one before.
 
 Each device has its own requests and pages (`pages.PagePool`), the routed experts are shared. Where pages run out, the request that
 came last gives up its own and is computed again later. What a request gets does not depend on the others.

@@ -1,6 +1,6 @@
 """Multi-head Latent Attention (paper section 2.1, eq. 9-19), in its naive and its absorbed form, from the same weights.
 
-naive:    expand the latents of all tokens to keys and values of every head; fewer FLOPs where a key meets many queries.
+naive:    expand the latents of all tokens to keys and values of every head; fewer FLOPs when queries are as many as keys.
 absorbed: bring queries into the latent space (w_uk) and the result out of it (w_uv); the cache is read as it lies.
 
 Letters: B batch, T positions, D model, N heads, H nope dim, R rope dim, V value dim, Q query latent, C kv latent.
@@ -26,9 +26,6 @@ from pallas_kernels.mla_attention import mla_attention
 from sharding import specs
 
 FEW, PARTS = 16, 16  # tokens of a device whose rope keys are made in parts, and the parts
-# Rows of so many new positions have their requests' pasts expanded. From 171 on that takes fewer FLOPs (mla_extend.py), but of rows of
-# 512 an engine's program has four, and what is expanded for empty ones is in vain. Counted, not timed.
-MANY = 1024
 LATENT_NORM_EPS = 1e-6  # the released code fixes it for the two latent norms, whatever rms_norm_eps says
 
 
@@ -89,10 +86,7 @@ class MLA(nnx.Module):
         layers, scale = self.cfg.num_hidden_layers, softmax_scale(self.cfg)
         if pages is not None:
             pages = cache.write(pages, c_kv_BTC, k_rope_BTR, ctx, layer, layers)
-        if ctx.table_BP is not None and x_BTD.shape[1] >= MANY:
-            weights = self.w_uk[...], self.w_uv[...]
-            o_BTNV = cache.extend(q_nope_BTNH, q_rope_BTNR, c_kv_BTC, k_rope_BTR, *weights, pages, ctx, layer, layers, scale)
-        elif ctx.table_BP is not None:
+        if ctx.table_BP is not None:
             q_latent_BTNC = _each_token(absorb_queries, q_BTNX, self.w_uk)
             o_latent_BTNC = cache.attend(q_latent_BTNC, q_rope_BTNR, pages, ctx, layer, layers, scale)
             o_BTNV = _each_token(functools.partial(jnp.einsum, "mnc,cnv->mnv"), o_latent_BTNC, self.w_uv)

@@ -102,7 +102,7 @@ class Decoder(nnx.Module):
 
         Args:
             tokens_BT, positions_BT, segment_ids_BT: int32; attention stays within a segment.
-            cache: where tokens are written, and the pages to attend over (see `MLA`; segments are ignored), if not over these tokens.
+            cache: where tokens are written, and the pages to attend over (absorbed, segments ignored), if not over these tokens.
             remat: what the backward pass computes again: none; elementwise, all but matmuls and kernels; full, each whole layer.
                 What came over the wire is kept.
             regather: where parameters are cut (ZeRO), gather a layer's again in the backward pass instead of keeping them.

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import mla_attention_backward, mla_attention_forward
 from pallas_kernels.dispatch import choose
 from pallas_kernels.einsum import PRODUCT, einsum_float32
-from pallas_kernels.mla_attention_forward import LOG2_E
 from pallas_kernels.reference import MASKED
 
 CHUNK = 512  # queries; beyond 16 chunks they grow instead, to bound the size of the program
@@ -42,35 +41,6 @@ def mla_attention(
     operands = q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV
     attend = {"xla": _xla, "pallas": _pallas, "cudnn": _cudnn}[choose(implementation, unsupported(*operands, scale), ("cudnn",))]
     return attend(*operands, segment_ids_BT, scale)
-
-
-def part_of_attention(
-    q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV, keys_B, *, scale: float, implementation: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Attention to some of the keys, and what it takes to add up such parts; not differentiable.
-
-    Args:
-        keys_B: int32; each query sees the first keys_B[b] keys, one at least. None: S = T, and each sees those up to its own position.
-        implementation: None, "xla" or "pallas".
-
-    Returns:
-        [B, T, N, V] in the queries' dtype, and the base-2 logarithm of the sum of each row's exponentials, float32 [B, T, N].
-    """
-    operands = q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV
-    if choose(implementation, unsupported(*operands, scale)) == "pallas":
-        out_BTNV, lse_BNT = mla_attention_forward.forward(*operands, None, keys_B, scale=scale)
-        return out_BTNV, lse_BNT[:, :, : out_BTNV.shape[1]].swapaxes(1, 2)
-    parts, length = [], q_nope_BTNH.shape[1]
-    chunk = max(CHUNK, -(-length // 16))
-    for start in range(0, length, chunk):
-        q_nope_BQNH, q_rope_BQNR = (x[:, start : start + chunk] for x in operands[:2])
-        end_BQ = start + jnp.arange(1, q_nope_BQNH.shape[1] + 1)[None] if keys_B is None else keys_B[:, None]
-        visible_BQS = jnp.arange(k_rope_BSR.shape[1]) < end_BQ[..., None]
-        scores_BNQS = _scores(q_nope_BQNH, q_rope_BQNR, k_nope_BSNH, k_rope_BSR, visible_BQS, scale)
-        probs_BNQS = jax.nn.softmax(scores_BNQS, axis=-1).astype(v_BSNV.dtype)
-        out_BQNV = einsum_float32("bnqs,bsnv->bqnv", probs_BNQS, v_BSNV).astype(q_nope_BTNH.dtype)
-        parts.append((out_BQNV, jax.nn.logsumexp(scores_BNQS, axis=-1).swapaxes(1, 2) * LOG2_E))
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
 def unsupported(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, scale: float) -> str | None:
@@ -147,16 +117,11 @@ def _xla(q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, segment_ids_
 @jax.checkpoint
 def _attend(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV, q_segment_BT, k_segment_BS, scale) -> jax.Array:
     """Attention of the last T of S positions over all S of them."""
-    queries, keys = q_nope_BTNH.shape[1], k_nope_BSNH.shape[1]
-    causal_TS = jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys)
-    visible_BTS = causal_TS & (q_segment_BT[:, :, None] == k_segment_BS[:, None, :])
-    scores_BNTS = _scores(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, visible_BTS, scale)
-    probs_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
-    out_BTNV = einsum_float32("bnts,bsnv->btnv", probs_BNTS.astype(v_BSNV.dtype), v_BSNV)
-    return out_BTNV.astype(q_nope_BTNH.dtype)
-
-
-def _scores(q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, visible_BTS, scale) -> jax.Array:
     scores_BNTS = einsum_float32("btnh,bsnh->bnts", q_nope_BTNH, k_nope_BSNH)
     scores_BNTS += einsum_float32("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR)
-    return jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED)
+    queries, keys = scores_BNTS.shape[2:]
+    causal_TS = jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys)
+    visible_BTS = causal_TS & (q_segment_BT[:, :, None] == k_segment_BS[:, None, :])
+    probs_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED), axis=-1)
+    out_BTNV = einsum_float32("bnts,bsnv->btnv", probs_BNTS.astype(v_BSNV.dtype), v_BSNV)
+    return out_BTNV.astype(q_nope_BTNH.dtype)

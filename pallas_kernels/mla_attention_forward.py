@@ -11,7 +11,7 @@ On an H200 at its power limit, cuDNN's time through PyTorch over ours, all in th
 4 x 4096 x 16 and 1.27 at 1 x 16384 x 64; with one segment id for all, 1.28, 1.27 and 1.28. With the causal mask from the row and
 the column of every score, whose numbers were spilled, 1.18 and 1.21 at the first two. Energy sets the pace: in an earlier run a
 maximum and a scaling for each block took the three from 589, 536 and 696 TFLOP/s to 530, 508 and 577.
-Letters: see reference.py; S keys, as many as the T queries unless `keys_B` is given; K blocks of keys, Q of queries.
+Letters: see reference.py; S the length in whole blocks, K blocks of keys, Q of queries.
 """
 
 import dataclasses
@@ -42,33 +42,32 @@ LOG2_E = math.log2(math.e)
 
 
 def forward(
-    q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV, segment_ids_BT, keys_B=None, *, scale: float
+    q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV, segment_ids_BT, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """`reference.mla_attention` in bfloat16 at head dimensions 128, 64 and 128, with what a backward pass needs.
 
     Args:
         segment_ids_BT: None where all positions are of one segment.
-        keys_B: int32, without segments: each query sees the first keys_B[b] of the keys, one at least; not those up to its own position.
 
     Returns:
-        [B, T, N, V], and the base-2 logarithm of the sum of a row's exponentials, float32 [B, N, T in whole blocks] (beyond T finite,
-        and of no meaning).
+        [B, T, N, V], and the base-2 logarithm of the sum of a row's exponentials, float32 [B, N, S] (beyond T finite, and of no
+        meaning).
     """
     batch, length, heads, _ = q_nope_BTNH.shape
     blocks = pl.cdiv(length, BLOCK)
-    seen = []  # what the kernel has to know of who sees what: ids and spans, or counts of keys, or nothing
-    if segment_ids_BT is not None and keys_B is not None:
-        raise ValueError("keys_B is given beside segment_ids_BT, expected one of them to be None")
-    if segment_ids_BT is not None:
-        ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, blocks * BLOCK - length)), mode="edge")
-        seen = [ids_BT, _spans(ids_BT.reshape(batch, blocks, BLOCK))]
-    elif keys_B is not None:
-        seen = [keys_B.astype(jnp.int32)]
-    operands = [_for_tma(x) for x in (q_nope_BTNH, q_rope_BTNR, k_nope_BSNH, k_rope_BSR, v_BSNV)]
+    operands = [q_nope_BTNH, q_rope_BTNR, k_nope_BTNH, k_rope_BTR, v_BTNV]
+    missing = blocks * BLOCK - length
+    if segment_ids_BT is None:
+        segments = []
+    else:
+        ids_BS = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, missing)), mode="edge")
+        segments = [ids_BS, _spans(ids_BS.reshape(batch, blocks, BLOCK))]
+    if length % 8 or length < BLOCK:  # TMA counts in 8 rows; it reads those beyond the end as zeros, and does not write them
+        operands = [jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in operands]
     kernel = plgpu.kernel(
         functools.partial(_program, scale=scale),
         out_type=[
-            jax.ShapeDtypeStruct((batch, operands[0].shape[1], heads, VALUE), jnp.bfloat16),
+            jax.ShapeDtypeStruct(operands[-1].shape, jnp.bfloat16),
             jax.ShapeDtypeStruct((batch, heads, blocks * BLOCK), jnp.float32),
         ],
         grid=(min(SMS, batch * heads * blocks),),
@@ -79,15 +78,8 @@ def forward(
         compiler_params=dataclasses.replace(PARAMS, reduction_scratch_bytes=0),  # rows are reduced within a warp
         scratch_types={"shared": _shared()},
     )
-    out_BTNV, lse_BNT = vary_like(q_nope_BTNH, kernel(*operands, *seen))
-    return out_BTNV[:, :length], lse_BNT
-
-
-def _for_tma(x_BTX):
-    """TMA counts in 8 rows, and wants a block at least; it reads those beyond the end as zeros, and does not write them."""
-    length = x_BTX.shape[1]
-    missing = -length % BLOCK if length % 8 or length < BLOCK else 0
-    return jnp.pad(x_BTX, ((0, 0), (0, missing)) + ((0, 0),) * (x_BTX.ndim - 2))
+    out_BTNV, lse_BNS = vary_like(q_nope_BTNH, kernel(*operands, *segments))
+    return out_BTNV[:, :length], lse_BNS
 
 
 def _spans(ids_BKS) -> jax.Array:
@@ -114,10 +106,8 @@ class _Tile(NamedTuple):
     head: Any
     row: Any  # of the batch
     query: Any  # block of queries
-    last: Any  # block of keys, which is taken first: on the diagonal, or of a given number of keys the last
-    keys: Any  # number of blocks, from the last backwards
+    keys: Any  # number of blocks, from the diagonal backwards
     clear: Any  # as many of them need no look at the ids
-    visible: Any  # keys of the last block, where their number is given
 
 
 class _Shared(NamedTuple):
@@ -172,8 +162,7 @@ def _before(step):
 
 def _program(*refs, scale: float, shared: _Shared):
     """Takes tiles until there are no more: the third warpgroup feeds, the others compute."""
-    operands, (*seen, out_gmem, lse_gmem) = refs[:5], refs[5:]
-    segments, counts = (seen, []) if len(seen) == 2 else ([], seen)
+    operands, (*segments, out_gmem, lse_gmem) = refs[:5], refs[5:]
     batch, heads, length = lse_gmem.shape
     rows = batch * length // BLOCK  # tiles of a head
     warpgroup = lax.axis_index("warpgroup")
@@ -185,12 +174,9 @@ def _program(*refs, scale: float, shared: _Shared):
         index -= group * (GROUP * rows)
         rank = lax.div(index, width)
         row, query = lax.rem(rank, jnp.int32(batch)), length // BLOCK - 1 - lax.div(rank, jnp.int32(batch))  # longest first
-        last = lax.div(counts[0][row] - 1, jnp.int32(BLOCK)) if counts else query
-        keys, clear = (segments[1][k, row, query] for k in range(2)) if segments else (last + 1, last + 1)
-        visible = counts[0][row] - last * BLOCK if counts else BLOCK
+        keys, clear = (segments[1][k, row, query] for k in range(2)) if segments else (query + 1, query + 1)
         more = ticket < heads * rows
-        head, keys = group * GROUP + index - rank * width, jnp.where(more, keys, 1)
-        return _Tile(more.astype(jnp.int32), head, row, query, last, keys, clear, visible)
+        return _Tile(more.astype(jnp.int32), group * GROUP + index - rank * width, row, query, jnp.where(more, keys, 1), clear)
 
     @pl.when(warpgroup == 2)
     def _():
@@ -200,7 +186,7 @@ def _program(*refs, scale: float, shared: _Shared):
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(registers(2), action="increase")
-        _Rows(warpgroup, scale * LOG2_E, segments[:1], bool(counts), out_gmem, lse_gmem, shared).run()
+        _Rows(warpgroup, scale * LOG2_E, segments[:1], out_gmem, lse_gmem, shared).run()
 
 
 def _feed(tile, q_nope_gmem, q_rope_gmem, k_nope_gmem, k_rope_gmem, v_gmem, shared: _Shared):
@@ -228,13 +214,13 @@ def _feed(tile, q_nope_gmem, q_rope_gmem, k_nope_gmem, k_rope_gmem, v_gmem, shar
             plgpu.copy_gmem_to_smem(q_rope_gmem.at[this.row, at, this.head], shared.q_rope.at[half], shared.q_full.at[half])
 
         def keys(k):
-            slot, at = _slot(step + k), pl.ds((this.last - k) * BLOCK, BLOCK)
+            slot, at = _slot(step + k), pl.ds((this.query - k) * BLOCK, BLOCK)
             pl.when(step + k >= STAGES)(lambda: plgpu.barrier_wait(shared.k_free.at[slot]))
             plgpu.copy_gmem_to_smem(k_nope_gmem.at[this.row, at, this.head], shared.k_nope.at[slot], shared.k_full.at[slot])
             plgpu.copy_gmem_to_smem(k_rope_gmem.at[this.row, at], shared.k_rope.at[slot], shared.k_full.at[slot])
 
         def values(k):
-            slot, at = _slot(step + k), pl.ds((this.last - k) * BLOCK, BLOCK)
+            slot, at = _slot(step + k), pl.ds((this.query - k) * BLOCK, BLOCK)
             pl.when(step + k >= STAGES)(lambda: plgpu.barrier_wait(shared.v_free.at[slot]))
             plgpu.copy_gmem_to_smem(v_gmem.at[this.row, at, this.head], shared.v.at[slot], shared.v_full.at[slot])
 
@@ -260,7 +246,6 @@ class _Rows(NamedTuple):
     mine: jax.Array
     scale_log2: float  # scores are multiplied with it, and exponentials are of base 2
     ids_gmem: list  # with segments, one
-    counted: bool  # all rows see the same keys, as many as were given
     out_gmem: Any
     lse_gmem: Any
     shared: _Shared
@@ -293,12 +278,9 @@ class _Rows(NamedTuple):
         scores = self.multiply(out_acc, probs, step)
         pl.when((tile.keys == 1) & more)(lambda: plgpu.barrier_arrive(shared.q_free.at[self.mine]))
         # From vectors: the numbers of all the scores would be kept over the loop, and spilled.
+        row = spread(plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW) + self.mine * HALF, scores.shape)
         column = spread(plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=COL), scores.shape, 1)
-        if self.counted:
-            end = plgpu.layout_cast(jnp.full((HALF,), tile.visible - 1, jnp.int32), ROW)
-        else:
-            end = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW) + self.mine * HALF
-        scores = jnp.where(spread(end, scores.shape) >= column, scores, -jnp.inf)
+        scores = jnp.where(row >= column, scores, -jnp.inf)
         if self.ids_gmem:
             scores = lax.cond(tile.clear == 0, lambda: self.hide(scores, tile, 0), lambda: scores)
         first_top = scores.max(axis=1) * self.scale_log2
@@ -386,7 +368,7 @@ class _Rows(NamedTuple):
         """Scores of other segments' keys become -inf."""
         ids = self.ids_gmem[0].at[tile.row]
         query_ids = plgpu.load(ids.at[pl.ds(tile.query * BLOCK + self.mine * HALF, HALF)], layout=ROW, optimized=False)
-        key_ids = plgpu.load(ids.at[pl.ds((tile.last - k) * BLOCK, BLOCK)], layout=COL, optimized=False)
+        key_ids = plgpu.load(ids.at[pl.ds((tile.query - k) * BLOCK, BLOCK)], layout=COL, optimized=False)
         return jnp.where(spread(query_ids, scores.shape) == spread(key_ids, scores.shape, 1), scores, -jnp.inf)
 
     def weigh(self, scores, top):

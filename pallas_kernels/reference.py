@@ -53,31 +53,6 @@ def mla_decode(q_latent_BTNC, q_rope_BTNR, pages, table_BP, positions_BT, *, sca
     return jnp.where(positions_BT[:, :, None, None] < 0, 0, out_BTNC)
 
 
-def mla_extend(
-    q_nope_BTNH, q_rope_BTNR, c_kv_BTC, k_rope_BTR, pages, table_BP, past_B, w_uk_CNH, w_uv_CNV, *, scale: float
-) -> jax.Array:
-    """Naive attention of new tokens to each other, causally, and to the first past_B[b] tokens of their request's pages.
-
-    Args:
-        past_B: int32.
-        w_uk_CNH, w_uv_CNV: what makes keys and values of latents (paper eq. 10 and 11).
-
-    Returns:
-        [B, T, N, V] in the queries' dtype; scores, softmax and accumulation in float32.
-    """
-    past = latent_pages.read(pages, table_BP, q_nope_BTNH.dtype)
-    c_kv_BSC, k_rope_BSR = (jnp.concatenate(both, axis=1) for both in zip(past, (c_kv_BTC, k_rope_BTR)))
-    k_nope_BSNH, v_BSNV = (jnp.einsum("bsc,cnx->bsnx", c_kv_BSC, w_CNX) for w_CNX in (w_uk_CNH, w_uv_CNV))
-    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_nope_BTNH, k_nope_BSNH, preferred_element_type=jnp.float32)
-    scores_BNTS += jnp.einsum("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
-    index_S, new = jnp.arange(k_rope_BSR.shape[1]) - past[0].shape[1], jnp.arange(c_kv_BTC.shape[1])  # 0: the first new token
-    of_past_BS = index_S + past[0].shape[1] < past_B[:, None]
-    visible_BTS = jnp.where(index_S < 0, of_past_BS[:, None], index_S <= new[:, None])
-    probs_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS * scale, MASKED), axis=-1)
-    out_BTNV = jnp.einsum("bnts,bsnv->btnv", probs_BNTS.astype(v_BSNV.dtype), v_BSNV, preferred_element_type=jnp.float32)
-    return out_BTNV.astype(q_nope_BTNH.dtype)
-
-
 def grouped_matmul(x_MK, w_EKF, group_sizes_E, row_unit: int) -> jax.Array:
     """Multiplies each row with its own group's matrix; a group begins at a multiple of `row_unit`.
 

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax import cache, config, engine, mla, model, steps
+from dsv2_jax import config, engine, model, steps
 from dsv2_jax.completion import complete, greedy
 from dsv2_jax.engine import Engine
 from dsv2_jax.fields import InputError
 from dsv2_jax.sampling import Sampling
-from pallas_kernels import mla_extend
 from pallas_kernels.latent_pages import PAGE
 from sharding.mesh import make_mesh
 
@@ -85,25 +84,6 @@ def test_chunked_prefill_gives_the_same(m, alone, name, monkeypatch):
     one = new_engine(m)
     same(complete(one, [(p, BOTH[name]) for p in PROMPTS]), alone[name])
     assert one.counters.prompt_tokens == sum(map(len, PROMPTS))
-
-
-@pytest.mark.parametrize("devices", [1, 8])
-def test_a_past_that_is_expanded_gives_the_same(m, devices, monkeypatch):
-    """Requests of unlike pasts in one program, each past in parts."""
-    prompts = [np.random.default_rng(n).integers(0, 512, n).tolist() for n in (200, 300, 411)]
-    requests = [(p, sampling) for p in prompts for sampling in BOTH.values()]
-    wanted = [answers[0] for answers in complete(new_engine(m), requests)]
-    monkeypatch.setattr(engine, "EXTEND", 256)
-    monkeypatch.setattr(mla, "MANY", 128)
-    monkeypatch.setattr(mla_extend, "PART", 4 * PAGE)
-    extend, traced = cache.extend, []
-    monkeypatch.setattr(cache, "extend", lambda *operands: traced.append(operands[0].shape) or extend(*operands))
-    with jax.set_mesh(make_mesh(1, 1) if devices == 1 else make_mesh(2, 4)):
-        for prefill in (64, 128, 256):
-            monkeypatch.setattr(engine, "PREFILL", prefill)
-            one = new_engine(m if devices == 1 else model.init(CFG, 0, jnp.float32))
-            same(complete(one, requests), wanted)
-    assert traced
 
 
 @pytest.mark.parametrize("name", BOTH)
